@@ -88,7 +88,7 @@ class Loader(Protocol):
     """Batches with a position that can be saved. A training loader never ends; an evaluation loader makes one pass in order."""
 
     batch_size: int
-    skipped: dict[str, str]  # key of each damaged sample met so far -> what was wrong
+    skipped: dict[str, str]  # shard.tar:key of each damaged sample met so far -> what was wrong
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __len__(self) -> int:

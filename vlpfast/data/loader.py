@@ -1,0 +1,389 @@
+"""From shards to batches: order, position, damaged samples, captions. Pixels are left to a decoder (dali.py or plain.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlpfast.data.order import epoch_order, rank_share
+from vlpfast.data.pictures import DamagedBatch, DamagedSample, picture_size
+from vlpfast.data.shards import IMAGE_EXTENSIONS, ShardSet
+from vlpfast.data.views import crop_fractions, view_rectangles
+from vlpfast.types import Batch, DataSpec, ImageSpec, Loader, Tokenizer, UserError
+
+_log = logging.getLogger(__name__)
+_IN_FLIGHT = 2  # batches given to the decoder and not yet received, and finished batches that wait for the caller
+
+
+class Decoder(Protocol):
+    """Encoded pictures to pixels, several batches at a time, first in, first out."""
+
+    def submit(self, pictures: list[np.ndarray], rectangles: np.ndarray, mirrored: np.ndarray) -> None: ...
+    def receive(self) -> Tensor: ...
+    def reset(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class _Position(NamedTuple):
+    epoch: int
+    cursor: int  # samples of this rank's share that are behind us
+
+
+@dataclass
+class _Sample:
+    index: int
+    picture: np.ndarray | None  # encoded bytes
+    size: tuple[int, int]  # width, height in pixels
+    caption: str
+    meta: Any
+
+
+@dataclass
+class _Plan:
+    """A batch before its pixels: everything that is decided on the host."""
+
+    start: _Position
+    end: _Position
+    samples: list[_Sample]
+    left_out: list[int]  # damaged samples between start and end
+    batch: Batch
+    rectangles: np.ndarray | None = None  # int32 [B, 4] x0, y0, width, height in pixels
+    mirrored: np.ndarray | None = None  # bool [B]
+
+
+def make_loader(
+    patterns: str | Sequence[str],
+    spec: DataSpec,
+    tokenizer: Tokenizer | None,
+    batch_size: int,
+    *,
+    train: bool,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    backend: str = "auto",
+    device: str | torch.device = "cpu",
+    threads: int = 2,
+    window: int = 16,
+    with_meta: bool = False,
+) -> Loader:
+    """Batches from WebDataset shards.
+
+    Training: endless; every epoch in a new order (order.py), of which each of `world_size` ranks takes as many samples; an
+    incomplete last batch is dropped. Evaluation: one pass in order for each iteration, the last batch short; the ranks'
+    shares cover each sample once. The same seed gives the same samples, crops and order for every back end, device and
+    number of threads.
+
+    A sample without picture or caption, with a picture that PIL cannot decode or a caption that is not UTF-8 is left out,
+    logged and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in
+    the member `json`.
+
+    patterns: shards as ShardSet takes them. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or "auto",
+    which is DALI where it is installed. device: where image and text lie ("cuda:1" also decodes there with DALI). window:
+    shards that are shuffled together. with_meta: adds Batch["meta"], the sample's json member ({} if it has none).
+    """
+    if batch_size < 1 or threads < 1 or window < 1:
+        raise ValueError(f"expected batch_size, threads and window of at least 1, got {batch_size}, {threads}, {window}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 .. world_size - 1 = {world_size - 1}, got {rank}")
+    if spec.image is None and spec.text is None:
+        raise ValueError("spec: both modalities are None, there is nothing to load")
+    if spec.text is not None and tokenizer is None:
+        raise ValueError("tokenizer: None, but spec.text asks for captions")
+    if backend not in ("auto", "dali", "plain"):
+        raise UserError(f'loader: expected "auto", "dali" or "plain", got {backend!r}')
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    make_decoder = None
+    if spec.image is not None:
+        _check_image_spec(spec.image)
+        if _choose(backend) == "dali":
+            dali = importlib.import_module("vlpfast.data.dali")
+            make_decoder = partial(dali.DaliDecoder, spec.image, threads, batch_size, device)
+        else:
+            plain = importlib.import_module("vlpfast.data.plain")
+            make_decoder = partial(plain.PlainDecoder, spec.image, threads)
+    shards = ShardSet(patterns, threads=threads)
+    if train and len(shards) // world_size < batch_size:
+        raise UserError(
+            f"{len(shards)} samples in {len(shards.shards)} shards are fewer than one global batch of {world_size * batch_size}"
+            + (f" ({world_size} ranks of {batch_size})" if world_size > 1 else "")
+        )
+    return ShardLoader(
+        shards, spec, tokenizer, batch_size, make_decoder, train, seed, rank, world_size, device, window, with_meta
+    )
+
+
+def _check_image_spec(spec: ImageSpec) -> None:
+    if spec.interpolation not in ("bicubic", "bilinear"):
+        raise UserError(f'interpolation: expected "bicubic" or "bilinear", got {spec.interpolation!r}')
+    if spec.size < 1:
+        raise UserError(f"size: expected at least 1 pixel, got {spec.size}")
+    for name, (low, high) in (("scale", spec.scale), ("ratio", spec.ratio)):
+        if not 0 < low <= high:
+            raise UserError(f"{name}: expected two numbers, 0 < low <= high, got {[low, high]}")
+
+
+@cache
+def _choose(backend: str) -> str:
+    """Cached, so that what "auto" came to is said once."""
+    if backend == "plain":
+        return backend
+    try:
+        importlib.import_module("vlpfast.data.dali")
+    except ImportError as error:
+        if backend == "dali":
+            raise UserError(f"the DALI loader needs nvidia-dali: pip install vlpfast[dali] ({error})") from error
+        _log.warning("DALI is not installed (pip install vlpfast[dali]): pictures are decoded with PIL, slower")
+        return "plain"
+    if backend == "auto":
+        _log.info("pictures are decoded with DALI")
+    return "dali"
+
+
+class ShardLoader:
+    """See make_loader. One iteration at a time: a new one ends the one before.
+
+    A training loader goes on where it stands. An evaluation loader starts from the beginning with every iteration, except
+    the first after load_state_dict, which goes on from there. A thread of its own works ahead while an iteration is alive;
+    close(), or dropping the iterator, ends it.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        spec: DataSpec,
+        tokenizer: Tokenizer | None,
+        batch_size: int,
+        make_decoder: Callable[[], Decoder] | None,
+        train: bool,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        window: int,
+        with_meta: bool,
+    ):
+        self.batch_size = batch_size
+        self.skipped: dict[str, str] = {}  # shard.tar:key of each damaged sample met so far -> what was wrong
+        self._shards, self._spec, self._tokenizer, self._make_decoder = shards, spec, tokenizer, make_decoder
+        self._train, self._seed, self._rank, self._world_size = train, seed, rank, world_size
+        self._device, self._window, self._with_meta = device, window, with_meta
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._fingerprint = shards.fingerprint()
+        self._position = _Position(0, 0)
+        self._loaded = False  # a position was loaded that the next iteration starts from
+        self._damaged: dict[int, str] = {}  # known to the thread that works ahead
+        self._share: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # epoch, this rank's order
+        self._iteration: Callable[[], Any] = lambda: None  # weak reference
+
+    def __len__(self) -> int:
+        if self._train:
+            return len(self._shards) // self._world_size // self.batch_size
+        return -(-len(self._order(0)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        iteration = self._iterate()
+        self._iteration = weakref.ref(iteration)
+        return iteration
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity(), **self._position._asdict(), "skipped": dict(self.skipped)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError if the position was saved for other data, another seed, window or number of ranks."""
+        for name, here in self._identity().items():
+            if state[name] != here:
+                raise UserError(f"the data position was saved with {name} {state[name]!r}, this run has {here!r}")
+        self.close()
+        self._position = _Position(state["epoch"], state["cursor"])
+        self._loaded = True
+        self.skipped = dict(state["skipped"])
+
+    def close(self) -> None:
+        iteration = self._iteration()
+        if iteration is not None:
+            iteration.close()
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self._fingerprint,
+            "seed": self._seed,
+            "window": self._window,
+            "world_size": self._world_size,
+        }
+
+    def _iterate(self) -> Iterator[Batch]:
+        if not self._train and not self._loaded:
+            self._position = _Position(0, 0)
+        self._loaded = False
+        produced = self._produce(self._position)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="vlpfast-loader")
+        try:
+            waiting = deque(pool.submit(next, produced, None) for _ in range(_IN_FLIGHT))
+            while (plan := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(next, produced, None))
+                self._position = plan.end
+                for index in plan.left_out:
+                    if (name := self._shards.name(index)) not in self.skipped:
+                        self.skipped[name] = self._damaged[index]
+                        _log.warning("left out %s: %s", name, self._damaged[index])
+                if self._stream is not None:
+                    for value in plan.batch.values():
+                        if isinstance(value, Tensor) and value.is_cuda:
+                            value.record_stream(torch.cuda.current_stream(self._device))
+                yield plan.batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            produced.close()
+
+    def _produce(self, position: _Position) -> Iterator[_Plan]:
+        """Plans with whole batches, from `position` on; runs in the thread that works ahead."""
+        decoder = self._make_decoder() if self._make_decoder is not None else None
+        with contextlib.closing(decoder) if decoder is not None else contextlib.nullcontext():
+            plans: deque[_Plan] = deque()
+            while True:
+                while len(plans) < _IN_FLIGHT and (plan := self._plan(position)) is not None:
+                    if decoder is not None:
+                        decoder.submit([sample.picture for sample in plan.samples], plan.rectangles, plan.mirrored)
+                    plans.append(plan)
+                    position = plan.end
+                if not plans:
+                    return
+                plan = plans.popleft()
+                with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+                    if decoder is not None:
+                        try:
+                            plan.batch["image"] = decoder.receive()
+                        except DamagedBatch as error:
+                            for place, reason in error.reasons.items():
+                                self._damaged[plan.samples[place].index] = reason
+                            decoder.reset()
+                            plans.clear()
+                            position = plan.start
+                            continue
+                    for name in plan.batch.keys() & {"image", "text", "text_mask"}:
+                        plan.batch[name] = plan.batch[name].to(self._device)
+                if self._stream is not None:
+                    self._stream.synchronize()
+                yield plan
+
+    # --- planning -----------------------------------------------------------------------------------------------------
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._share[0] != epoch:
+            if self._train:
+                order = epoch_order(self._shards.shard_sizes, self._seed, epoch, self._window)
+            else:
+                order = np.arange(len(self._shards))
+            self._share = epoch, rank_share(order, self._rank, self._world_size, equal=self._train)
+        return self._share[1]
+
+    def _plan(self, start: _Position) -> _Plan | None:
+        """The next batch from `start` on; None at the end of an evaluation pass. What it holds does not depend on when
+        damage is found.
+        """
+        epoch, cursor = start
+        left_out: list[int] = []
+        while True:
+            order, first = self._order(epoch), cursor
+            samples: list[_Sample] = []
+            while missing := min(self.batch_size - len(samples), len(order) - cursor):
+                taken = order[cursor : cursor + missing].tolist()
+                cursor += missing
+                samples += self._read([index for index in taken if index not in self._damaged])
+                left_out += [index for index in taken if index in self._damaged]
+            if len(samples) == self.batch_size or (samples and not self._train):
+                return self._assemble(_Plan(start, _Position(epoch, cursor), samples, left_out, {}))
+            if first == 0 and len(order):
+                reasons = "; ".join(f"{self._shards.name(index)}: {self._damaged[index]}" for index in left_out[:3])
+                raise UserError(
+                    f"too few samples can be used: {len(left_out)} of this rank's {len(order)} are damaged, "
+                    f"a batch takes {self.batch_size if self._train else 'at least 1'} ({reasons})"
+                )
+            if not self._train:
+                return None
+            epoch, cursor = epoch + 1, 0
+
+    def _read(self, indices: list[int]) -> list[_Sample]:
+        """Those of the samples that can be used, as far as can be told without decoding; the others are noted in _damaged."""
+        nothing = [None] * len(indices)
+        pictures = self._shards.read(indices, IMAGE_EXTENSIONS) if self._spec.image is not None else nothing
+        captions = self._shards.read(indices, ("txt",)) if self._spec.text is not None else nothing
+        with_json = [
+            place for place in range(len(indices)) if self._with_meta or (self._spec.text is not None and captions[place] is None)
+        ]
+        records = dict(zip(with_json, self._shards.read([indices[place] for place in with_json], ("json",)), strict=True))
+        samples = []
+        for place, index in enumerate(indices):
+            sample = _Sample(index, pictures[place], (0, 0), "", None)
+            try:
+                if self._spec.image is not None:
+                    if sample.picture is None:
+                        raise DamagedSample(f"no picture (a member {', '.join(IMAGE_EXTENSIONS)})")
+                    sample.size = picture_size(sample.picture.tobytes())
+                if place in records:
+                    sample.meta = _parse_json(records[place])
+                if self._spec.text is not None:
+                    sample.caption = _caption(captions[place], sample.meta)
+            except DamagedSample as error:
+                self._damaged[index] = str(error)
+            else:
+                samples.append(sample)
+        return samples
+
+    def _assemble(self, plan: _Plan) -> _Plan:
+        index = np.array([sample.index for sample in plan.samples])
+        batch: Batch = {"index": torch.from_numpy(index), "key": [self._shards.key(sample.index) for sample in plan.samples]}
+        if (image := self._spec.image) is not None:
+            sizes = np.array([sample.size for sample in plan.samples])
+            plan.rectangles, plan.mirrored = view_rectangles(
+                image, sizes, index, train=self._train, seed=self._seed, epoch=plan.end.epoch
+            )
+            batch["crop"] = torch.from_numpy(crop_fractions(plan.rectangles, plan.mirrored, sizes))
+        if (text := self._spec.text) is not None:
+            captions = [sample.caption for sample in plan.samples]
+            batch["text"], batch["text_mask"] = self._tokenizer.encode(captions, text.context_length)
+        if self._with_meta:
+            batch["meta"] = [sample.meta for sample in plan.samples]
+        plan.batch = batch
+        return plan
+
+
+def _parse_json(content: np.ndarray | None) -> dict[str, Any]:
+    if content is None:
+        return {}
+    try:
+        record = json.loads(content.tobytes())
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise DamagedSample(f"the json member cannot be parsed: {error}") from error
+    if not isinstance(record, dict):
+        raise DamagedSample(f"the json member is a {type(record).__name__}, expected an object")
+    return record
+
+
+def _caption(text: np.ndarray | None, record: dict[str, Any] | None) -> str:
+    if text is not None:
+        try:
+            return text.tobytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DamagedSample(f"the caption is not UTF-8: {error}") from error
+    caption = record.get("caption")
+    if not isinstance(caption, str):
+        raise DamagedSample('no caption (a member txt, or a member json with a text "caption")')
+    return caption
