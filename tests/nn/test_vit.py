@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlpfast.nn.vit import ViT, ViTConfig, resize_positions
+from vlpfast.types import UserError
+
+SMALL = ViTConfig(width=16, layers=2, heads=2, patch_size=8)
+
+
+def make(**changes) -> ViT:
+    torch.manual_seed(0)
+    return ViT(replace(SMALL, **changes), image_size=32)
+
+
+def test_patch_embedding_is_a_convolution() -> None:
+    vit = make()
+    image = torch.randn(3, 3, 32, 32)
+    seen = []
+    vit.norm_pre.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    vit(image)
+    kernel = vit.patch_embed.weight.reshape(16, 3, 8, 8)
+    patches = F.conv2d(image, kernel, stride=8).flatten(2).transpose(1, 2)  # [B, 16, width]
+    expected = torch.cat((vit.class_token.expand(3, 1, -1), patches), dim=1) + vit.position
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_pooling() -> None:
+    image = torch.randn(2, 3, 32, 32)
+    vit = make()
+    tokens = vit(image)
+    assert tokens.shape == (2, 17, 16)
+    torch.testing.assert_close(vit.pool(tokens), vit.norm_post(tokens[:, 0]))
+    vit = make(pool="mean")
+    tokens = vit(image)
+    assert tokens.shape == (2, 16, 16) and vit.class_token is None and vit.position.shape == (16, 16)
+    torch.testing.assert_close(vit.pool(tokens), vit.norm_post(tokens.mean(1)))
+
+
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_patch_dropout_keeps_patches_with_their_positions(pool: str) -> None:
+    vit = make(patch_dropout=0.75, pool=pool)
+    with torch.no_grad():  # patch i of the picture is i everywhere, its position 100 i: what arrives says which is where
+        vit.patch_embed.weight.fill_(1 / (3 * 8 * 8))
+        patch_number = torch.arange(16.0)
+        vit.position[-16:] = 100 * patch_number[:, None]
+    image = patch_number.reshape(4, 4).repeat_interleave(8, 0).repeat_interleave(8, 1).expand(64, 3, 32, 32)
+    seen = []
+    vit.norm_pre.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:, -4:, 0]))
+    torch.manual_seed(1)
+    vit.train()(image)
+    kept = (seen[0] / 101).round().sort(1).values  # [B, 4]
+    torch.testing.assert_close(seen[0].sort(1).values, 101 * kept)
+    assert (kept.diff(dim=1) > 0).all()  # no patch twice
+    assert len({tuple(row) for row in kept.tolist()}) > 50  # each picture its own
+    assert kept.unique().tolist() == list(range(16))
+    torch.manual_seed(1)
+    vit(image)
+    assert torch.equal(seen[0], seen[1])  # drawn from torch's generator
+    vit.eval()(image)
+    torch.testing.assert_close(seen[2], 101 * torch.arange(12.0, 16).expand(64, 4))  # all patches in order
+
+
+def test_patch_dropout_compiles_without_a_break() -> None:
+    vit = make(patch_dropout=0.5)
+    image = torch.randn(2, 3, 32, 32)
+    tokens = torch.compile(vit, fullgraph=True, backend="aot_eager")(image)
+    assert tokens.shape == (2, 9, 16)
+    tokens.sum().backward()
+    assert all(p.grad is not None for name, p in vit.named_parameters() if not name.startswith("norm_post"))
+
+
+@pytest.mark.parametrize(("grid", "prefix"), [(7, 1), (3, 1), (6, 0)])
+def test_resize_positions_is_torch_interpolation(grid: int, prefix: int) -> None:
+    table = torch.randn(prefix + 25, 6)
+    resized = resize_positions(table, grid, prefix)
+    assert resized.shape == (prefix + grid * grid, 6)
+    assert torch.equal(resized[:prefix], table[:prefix])
+    picture = table[prefix:].reshape(5, 5, 6).permute(2, 0, 1)[None]  # [1, width, 5, 5]
+    expected = F.interpolate(picture, size=(grid, grid), mode="bicubic", antialias=True)[0]
+    torch.testing.assert_close(resized[prefix:].reshape(grid, grid, 6), expected.permute(1, 2, 0))
+
+
+def test_resize_positions_same_grid_and_wrong_table() -> None:
+    table = torch.randn(26, 6)
+    assert resize_positions(table, 5, 1) is table
+    with pytest.raises(ValueError, match=r"table: expected 1 \+ n \* n rows, got 25"):
+        resize_positions(table[:25], 5, 1)
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(UserError, match="patch_size: expected a divisor of the picture size 32, got 12"):
+        make(patch_size=12)
+    with pytest.raises(UserError, match=r"patch_dropout: expected a share in \[0, 1\), got 1.0"):
+        make(patch_dropout=1.0)
+    with pytest.raises(UserError, match="pool: expected class or mean, got 'max'"):
+        make(pool="max")
+    with pytest.raises(ValueError, match=r"image: expected \[B, 3, 32, 32\], got \(2, 3, 32, 24\)"):
+        make()(torch.randn(2, 3, 32, 24))

@@ -1,0 +1,81 @@
+"""A stack of pre-norm transformer blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlpfast.nn.attention import Attention, Backend
+from vlpfast.types import UserError
+
+
+@dataclass
+class TransformerConfig:
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    attention_backend: Backend = "auto"  # see vlpfast.nn.attention.attention
+    checkpointing: bool = False  # recompute each block's activations in the backward: less memory, a third more arithmetic
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), OpenAI's approximation of GELU. As a scaled SiLU it keeps one tensor for the backward, not two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(1.702 * x) * (1 / 1.702)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if config.activation not in ACTIVATIONS:
+            raise UserError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {config.activation!r}")
+        hidden = round(config.width * config.mlp_ratio)
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config.width, config.heads, backend=config.attention_backend)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.fc1 = nn.Linear(config.width, hidden)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.fc2 = nn.Linear(hidden, config.width)
+
+    def forward(self, x: Tensor, mask: Tensor | Literal["causal"] | None = None) -> Tensor:
+        """[B, L, width] -> the same."""
+        x = x + self.attn(self.norm1(x), mask=mask)
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+
+
+class Transformer(nn.Module):
+    """`layers` blocks of one mask, with CLIP's initialisation: the deeper the stack, the less each block adds at first."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.checkpointing = config.checkpointing
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        residual_std = (2 * config.width * config.layers) ** -0.5
+        for block in self.blocks:
+            nn.init.normal_(block.attn.in_proj.weight, std=config.width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
+            nn.init.normal_(block.fc1.weight, std=(2 * config.width) ** -0.5)
+            nn.init.normal_(block.fc2.weight, std=residual_std)
+            for linear in (block.attn.in_proj, block.attn.out_proj, block.fc1, block.fc2):
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | Literal["causal"] | None = None) -> Tensor:
+        """[B, L, width] -> the same."""
+        for block in self.blocks:
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)  # no randomness in a block
+            else:
+                x = block(x, mask)
+        return x
