@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, runtime_checkable
 
-from torch import Tensor
+if TYPE_CHECKING:  # torch takes seconds to load, and `--help` should not wait for it
+    from torch import Tensor
 
 
 class UserError(Exception):

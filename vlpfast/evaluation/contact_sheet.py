@@ -1,0 +1,185 @@
+"""Contact sheets: what the model finds for a text, what it says about a picture, which classes it mixes up."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlpfast.data.shards import IMAGE_EXTENSIONS, ShardSet
+from vlpfast.evaluation.charts import percent
+from vlpfast.evaluation.features import Features
+from vlpfast.evaluation.retrieval import Ranking, Retrieval
+from vlpfast.evaluation.zero_shot import ZeroShot
+
+_SIDE = 192  # pixels of a thumbnail's longer side
+_TICK, _CROSS = "✓", "✗"
+
+
+@dataclass
+class Pairs:
+    """Retrieval over the samples of `shards`: row i of text and image is sample features.index[i]."""
+
+    features: Features
+    retrieval: Retrieval
+    shards: ShardSet
+
+
+@dataclass
+class Classified:
+    """Zero-shot classification of the samples of `shards`: row i of the guesses is sample features.index[i]."""
+
+    features: Features
+    result: ZeroShot
+    shards: ShardSet
+
+
+class Samples:
+    """Pictures and captions of the rows, read back from the shards when they are shown."""
+
+    def __init__(self, features: Features, shards: ShardSet) -> None:
+        self._index, self._shards = features.index.tolist(), shards
+        self._pictures: dict[int, str] = {}
+
+    def picture(self, row: int) -> str:
+        """A thumbnail as a data URL."""
+        if row not in self._pictures:
+            stored = self._shards.read([self._index[row]], IMAGE_EXTENSIONS)[0]
+            image = Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
+            image.thumbnail((_SIDE, _SIDE))
+            out = io.BytesIO()
+            image.save(out, "JPEG", quality=88)
+            self._pictures[row] = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+        return self._pictures[row]
+
+    def caption(self, row: int) -> str:
+        text, meta = (self._shards.read([self._index[row]], (extension,))[0] for extension in ("txt", "json"))
+        if text is not None:
+            return text.tobytes().decode().strip()
+        return "" if meta is None else str(json.loads(meta.tobytes()).get("caption", "")).strip()
+
+
+def text_to_image(pairs: Pairs, seed: int) -> str:
+    """Captions with the pictures found for them, some at random and the worst."""
+    samples, ranking = Samples(pairs.features, pairs.shards), pairs.retrieval.text_to_image
+    legend = (
+        f'<p class="legend-line"><span class="right"><span class="mark">{_TICK}</span> green frame: the right picture</span>'
+        f'<span><span class="mark">{_CROSS}</span> no frame: another picture</span>'
+        '<span class="wanted">dashed frame: the right one, where it was missed</span></p>'
+    )
+    return legend + _groups(ranking, seed, lambda row: _found_pictures(row, ranking, samples), "captions", (8, 6))
+
+
+def image_to_text(pairs: Pairs, seed: int) -> str:
+    """Pictures with the captions found for them, some at random and the worst."""
+    samples, ranking = Samples(pairs.features, pairs.shards), pairs.retrieval.image_to_text
+    return _groups(ranking, seed, lambda row: _found_captions(row, ranking, samples), "pictures", (4, 4))
+
+
+def _groups(ranking: Ranking, seed: int, draw: Callable[[int], str], what: str, counts: tuple[int, int]) -> str:
+    random, worst = chosen(ranking.rank, seed, *counts)
+    out = f"<h3>Drawn at random</h3>{_grid(draw(row) for row in random)}"
+    if worst:
+        return f"{out}<h3>The worst of {len(ranking.rank):,} {what}</h3>{_grid(draw(row) for row in worst)}"
+    others = (
+        f'<p class="soft">For all other {what} the right one is in first place.</p>' if len(ranking.rank) > len(random) else ""
+    )
+    return out + others
+
+
+def chosen(rank: Tensor, seed: int, random: int, worst: int) -> tuple[list[int], list[int]]:
+    """Rows drawn at random, and of the others those with the highest ranks above 1, worst first. The same for the same seed."""
+    order = torch.randperm(len(rank), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = order[:random]
+    last = rank.argsort(descending=True, stable=True).tolist()
+    return drawn, [row for row in last if rank[row] > 1 and row not in drawn][:worst]
+
+
+def _found_pictures(row: int, ranking: Ranking, samples: Samples) -> str:
+    shots = []
+    for place, (picture, right) in enumerate(zip(ranking.best[row].tolist(), ranking.right[row].tolist(), strict=True), start=1):
+        kind, mark, word = ("right", _TICK, "right") if right else ("wrong", _CROSS, "wrong")
+        shots.append(_shot(kind, f"{mark} {place}", f"place {place}, {word}", picture, samples))
+    if not ranking.right[row].any():
+        place = _place(ranking, row)
+        shots.append(_shot("wanted", f"place {place}", f"the right picture, place {place}", int(ranking.positive[row]), samples))
+    return (
+        f'<article class="card query"><blockquote>{escape(samples.caption(row))}</blockquote>'
+        f'{_verdict(ranking, row, "picture")}<ul class="shots">{"".join(shots)}</ul></article>'
+    )
+
+
+def _shot(kind: str, label: str, alt: str, picture: int, samples: Samples) -> str:
+    caption = escape(samples.caption(picture))
+    return (
+        f'<li class="shot {kind}"><img src="{samples.picture(picture)}" alt="{escape(alt)}: {caption}" title="{caption}">'
+        f"{escape(label)}</li>"
+    )
+
+
+def _found_captions(row: int, ranking: Ranking, samples: Samples) -> str:
+    lines = []
+    for place, (text, right) in enumerate(zip(ranking.best[row].tolist(), ranking.right[row].tolist(), strict=True), start=1):
+        kind, mark = ("right", _TICK) if right else ("wrong", _CROSS)
+        lines.append(
+            f'<li class="{kind}"><span><span class="mark">{mark}</span> {place}</span> {escape(samples.caption(text))}</li>'
+        )
+    if not ranking.right[row].any():
+        wanted = escape(samples.caption(int(ranking.positive[row])))
+        lines.append(f'<li class="wanted"><span>{_place(ranking, row)}</span> {wanted}</li>')
+    picture = f'<img class="picture" src="{samples.picture(row)}" alt="query: {escape(samples.caption(row))}">'
+    return (
+        f'<article class="card query">{_verdict(ranking, row, "caption")}<div class="reverse">{picture}'
+        f"<ol>{''.join(lines)}</ol></div></article>"
+    )
+
+
+def _verdict(ranking: Ranking, row: int, what: str) -> str:
+    if ranking.right[row].any():
+        first = int(ranking.right[row].int().argmax()) + 1
+        return f'<p class="verdict hit">{_TICK} right {what} in place {first}</p>'
+    return f'<p class="verdict missed">{_CROSS} right {what} only in place {_place(ranking, row)}</p>'
+
+
+def _place(ranking: Ranking, row: int) -> str:
+    rank = float(ranking.rank[row])
+    return f"{rank:,.0f}" if rank == round(rank) else f"{rank:,.1f}"  # half places: tied
+
+
+def _grid(cards: Iterable[str]) -> str:
+    return f'<div class="queries">{"".join(cards)}</div>'
+
+
+def confusions(classified: Classified, count: int = 10) -> str:
+    """The classes with the lowest accuracy, and the pairs most often mixed up with an example of each."""
+    result, samples = classified.result, Samples(classified.features, classified.shards)
+    accuracy = sorted(result.per_class().items(), key=lambda item: (item[1][0], -item[1][1], item[0]))
+    rows = [
+        f'<tr><td>{escape(name)}</td><td><div class="bar"><i style="width:{100 * share:.1f}%"></i></div></td>'
+        f"<td>{percent(share)} of {pictures:,}</td></tr>"
+        for name, (share, pictures) in accuracy[:count]
+    ]
+    out = _table("Classes with the lowest accuracy", ("class", "", "right"), rows)
+    if pairs := result.confusions()[:count]:
+        labels, guesses = result.labels, result.ranking.best[:, 0]
+        place = {name: i for i, name in enumerate(result.names)}
+        rows = []
+        for name, taken, times in pairs:
+            example = int(((labels == place[name]) & (guesses == place[taken])).nonzero()[0])
+            picture = f'<img class="picture" src="{samples.picture(example)}" alt="{escape(name)}, taken for {escape(taken)}">'
+            rows.append(f"<tr><td>{picture}</td><td>{escape(name)}</td><td>{escape(taken)}</td><td>{times:,}</td></tr>")
+        out += _table("Most often mixed up", ("", "class", "taken for", "times"), rows)
+    return f'<div class="tables">{out}</div>'
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f'<section class="card"><h3>{title}</h3>{table}</section>'

@@ -1,0 +1,105 @@
+"""Runs a model over an evaluation loader and keeps the features, in the loader's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlpfast.types import Batch, EncodesImages, EncodesTexts, Loader, UserError
+
+_SIDES = {"image": (EncodesImages, "encode_image"), "text": (EncodesTexts, "encode_text")}
+
+
+@dataclass
+class Features:
+    """Row i of every field is the i-th sample of the loader. Pictures are not kept: `index` finds them again in the ShardSet."""
+
+    image: Tensor | None  # [N, D] float32 on the model's device
+    text: Tensor | None  # [N, D] likewise
+    index: Tensor  # [N] int64 position in the source, on the CPU
+    keys: list[str]  # [N]
+    meta: list[dict[str, Any]]  # [N], or empty when the loader was not asked for it
+    skipped: dict[str, str]  # damaged samples the loader left out -> what was wrong
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def encode_pairs(
+    model: nn.Module, loader: Loader, device: torch.device | str, progress: Callable[[int, int], None] | None = None
+) -> Features:
+    """Pictures and captions of one pass over `loader`. `progress(batches done, batches in all)` is called after each batch. The
+    model runs in eval mode without gradients, and every module is put back into the mode it was in.
+
+    Raises TypeError when the model lacks encode_image or encode_text, ValueError when the batches lack a field, UserError when
+    there is no sample or a feature is not finite."""
+    return _encode(model, loader, device, progress, ("image", "text"))
+
+
+def encode_images(
+    model: nn.Module, loader: Loader, device: torch.device | str, progress: Callable[[int, int], None] | None = None
+) -> Features:
+    """encode_pairs for the pictures alone (`text` is None): what zero-shot classification needs."""
+    return _encode(model, loader, device, progress, ("image",))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval mode and inference mode; afterwards each module is in the mode it was in, also where a part had its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def require(model: nn.Module, side: str) -> None:
+    """TypeError unless the model encodes this side ("image" or "text")."""
+    protocol, method = _SIDES[side]
+    if not isinstance(model, protocol):
+        raise TypeError(f"model: {type(model).__name__} has no method {method}, which this evaluation needs")
+
+
+def _encode(model, loader, device, progress, sides: tuple[str, ...]) -> Features:
+    for side in sides:
+        require(model, side)
+    features: dict[str, list[Tensor]] = {side: [] for side in sides}
+    index, keys, meta = [], [], []
+    with evaluating(model):
+        for done, batch in enumerate(loader, start=1):
+            for side in sides:
+                features[side].append(_encode_batch(model, batch, side, device))
+            index.append(batch["index"].cpu())
+            keys.extend(batch["key"])
+            meta.extend(batch.get("meta", ()))
+            if progress is not None:
+                progress(done, len(loader))
+        if not keys:
+            raise UserError("nothing to evaluate: the data hold no usable sample")
+        joined = {side: torch.cat(parts) for side, parts in features.items()}  # [N, D]
+    for side, rows in joined.items():
+        finite = rows.isfinite().all(1)  # [N]
+        if not finite.all():
+            bad = (~finite).nonzero().flatten().tolist()
+            raise UserError(
+                f"the model gives {side} features that are not finite for {len(bad)} of {len(keys)} samples "
+                f"(first: {keys[bad[0]]}); did the training diverge?"
+            )
+    return Features(joined["image"], joined.get("text"), torch.cat(index), keys, meta, dict(loader.skipped))
+
+
+def _encode_batch(model: nn.Module, batch: Batch, side: str, device: torch.device | str) -> Tensor:
+    if side not in batch:
+        raise ValueError(f"loader: its batches have no field {side!r}, only {sorted(batch)}")
+    if side == "image":
+        return model.encode_image(batch["image"].to(device, non_blocking=True)).float()  # [B, D]
+    mask = batch.get("text_mask")
+    return model.encode_text(batch["text"].to(device), None if mask is None else mask.to(device)).float()  # [B, D]
