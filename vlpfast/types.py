@@ -78,7 +78,7 @@ class Tokenizer(Protocol):
     pad_id: int
 
     def encode(self, texts: Sequence[str], context_length: int) -> tuple[Tensor, Tensor]:
-        """-> ids [B, L] int64 and mask [B, L] bool (True = token), L = context_length; bos + text + eos, cut text keeps its eos."""
+        """-> ids [B, L] int64, mask [B, L] bool (True = token), L = context_length; bos + text + eos, cut text keeps its eos."""
         ...
 
     def save(self, path: str) -> None: ...

@@ -1,0 +1,90 @@
+"""vlpfast-train: from a configuration to a trained model, its figures and its report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import partial
+
+from vlpfast.cli._run import run
+
+HELP = """\
+Trains the model that CONFIG describes, evaluates it and writes a report. Everything goes into the folder train.run_dir:
+config.yaml, metrics.jsonl (one line per step), checkpoints/, evaluation.jsonl, report.html, model.safetensors.
+Starting again with the same folder goes on where the run stopped, exactly as if it had not been interrupted.
+"""
+
+EXAMPLES = """\
+examples:
+  vlpfast-train configs/clip.yaml                              the demo: a small CLIP on made-up pictures, in a few minutes
+  vlpfast-train configs/clip.yaml train.steps=500 train.run_dir=runs/short
+  vlpfast-train configs/clip.yaml model.preset=paper data.source=shards train.run_dir=runs/cc3m \\
+      'data.train=["/data/cc3m-{00000..00331}.tar"]' 'data.heldout=["/data/cc3m-val-*.tar"]'      ViT-B/32 on your own shards
+  vlpfast-train configs/clip.yaml --print-config               every setting with its value
+
+overrides are key=value with the keys of the file, dotted: train.lr=3e-4, model.vision.layers=6, data.num_scenes=5000.
+Values are YAML: lists as [a,b], text with braces in quotes, nothing as `key=`. An unknown key is an error that names the
+nearest right one.
+
+exit codes: 0 finished; 2 a mistake in what was asked for; 75 stopped by SIGTERM or SIGUSR1 after saving (start again to go on);
+130 stopped by Ctrl-C (start again to go on from the last checkpoint).
+"""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vlpfast-train", description=HELP, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/clip.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace those of the file")
+    parser.add_argument("--print-config", action="store_true", help="print every setting with its value and stop")
+    arguments = parser.parse_intermixed_args(argv)
+
+    # Here, because torch takes a second to load: --help should not wait for it.
+    from vlpfast.cli import assemble
+    from vlpfast.evaluation.report import write_report
+    from vlpfast.training import run_folder
+    from vlpfast.training.config import to_yaml
+    from vlpfast.training.precision import choose_device
+    from vlpfast.training.trainer import EXIT_PREEMPTED, Trainer
+
+    config = assemble.load_config(arguments.config, arguments.overrides)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    device = choose_device(config.train.device)
+    with run_folder.opened(config) as run_dir:
+        sources = assemble.prepare_data(config)
+        tokenizer = assemble.build_tokenizer(config, sources, run_dir)
+        model = assemble.build_model(config)
+        last = assemble.Evaluation({}, None, None)
+
+        def on_evaluate(step: int) -> dict[str, float]:
+            nonlocal last
+            last = assemble.evaluate(config, model, tokenizer, sources, device)
+            return last.metrics
+
+        trainer = Trainer(
+            config,
+            model,
+            partial(assemble.open_loader, config, sources, tokenizer, device),
+            device,
+            on_evaluate if sources.heldout else None,
+        )
+        if not trainer.fit():
+            return EXIT_PREEMPTED
+        result = {"step": trainer.position.step, **last.metrics}
+        run_folder.replace(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
+        report = write_report(run_dir, evaluation=result, pairs=last.pairs, zero_shot=last.classified)
+        print(f"report: {report}", file=sys.stderr)
+    print(json.dumps(result))
+    return 0
+
+
+def entry() -> None:
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()

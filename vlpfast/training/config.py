@@ -1,0 +1,338 @@
+"""The configuration of a run: typed dataclasses filled from a YAML file and `key=value` overrides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from vlpfast.types import UserError
+
+
+@dataclass
+class Group:
+    """An optimiser group: the parameters whose names match its pattern."""
+
+    lr: float = 1.0  # factor on train.lr
+    weight_decay: float | None = None  # null: train.weight_decay
+
+
+@dataclass
+class Stage:
+    """A part of a run with its own objectives, trained parameters and data. Patterns are shell patterns on parameter names."""
+
+    steps: int | None = None  # null: train.steps
+    mode: str = ""  # handed to the model's set_mode; "": as it was before the stage
+    trainable: list[str] = field(default_factory=list)  # only these are trained; empty: all that the model itself does not freeze
+    frozen: list[str] = field(default_factory=list)  # these are not
+    losses: dict[str, float] = field(default_factory=dict)  # weight by loss name; a loss not named here has weight 1
+    groups: dict[str, Group] = field(default_factory=dict)  # pattern -> group; the first that matches counts
+    data: dict[str, Any] = field(default_factory=dict)  # what differs from the data section
+    init_from: str = ""  # weights to start this stage from: a run folder, a checkpoint or a .safetensors file
+
+
+@dataclass
+class DataConfig:
+    source: Literal["emojiworld", "shards"] = "emojiworld"  # the embedded data, or WebDataset shards of your own
+    train: list[str] = field(default_factory=list)  # shards: patterns of tar files, e.g. "data/cc3m-{000..331}.tar"
+    heldout: list[str] = field(default_factory=list)  # shards: the same for evaluation; empty: no evaluation
+    num_scenes: int = 20_000  # emojiworld: training pictures
+    num_heldout: int = 1_000  # emojiworld: held-out pictures of two objects (retrieval), and as many of one (zero-shot)
+    world: dict[str, Any] = field(default_factory=dict)  # emojiworld: options of its World (seed, size, language, ...)
+    cache_dir: str = ".cache/vlpfast"  # emojiworld: where the shards are kept
+    tokenizer: str = ""  # a Hugging Face tokenizer.json or its folder; "": train one on the training captions
+    loader: Literal["auto", "dali", "plain"] = "auto"
+    threads: int = 2
+    window: int = 16  # shards whose samples are mixed with one another; all of them: a full shuffle
+
+
+@dataclass
+class TrainConfig:
+    run_dir: str = "runs/train"  # everything about the run; starting again with the same folder goes on where it stopped
+    steps: int = 1_000
+    batch_size: int = 256
+    seed: int = 0
+    lr: float = 1e-3
+    warmup_steps: int = 100  # linear, from lr / warmup_steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two end at 0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    eps: float = 1e-6
+    weight_decay: float = 0.2  # on matrices alone: never on biases, norms and scalars
+    clip_grad_norm: float = 1.0  # 0: no clipping
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+    device: str = "auto"  # auto: the GPU where there is one
+    compile: bool = False  # torch.compile
+    deterministic: bool = False  # deterministic algorithms on a GPU too: slower, and a resumed run is equal bit for bit there
+    checkpoint_every: int = 500  # steps; 0: only at the end
+    keep_checkpoints: int = 2
+    max_nonfinite: int = 10  # steps skipped for a loss or gradient that is not finite before the run stops
+    log_seconds: float = 10.0  # between lines where stderr is no terminal
+    tensorboard_every: int = 10  # steps; 0: none
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 0  # steps; 0: only at the end
+    batch_size: int = 256
+    zero_shot: bool = True
+    class_names: str = ""  # shards: a text file with one class name a line; "": no zero-shot classification
+    label_field: str = (
+        "label"  # shards: the field of the sample's JSON that holds the class, as its name or its line number from 0
+    )
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])  # shards: what a class name is put into
+
+
+@dataclass
+class ModelSection:
+    """`model:` of the file, which is flat there: name, preset, and the fields of the model's Config."""
+
+    name: str
+    preset: str  # "": the Config's defaults
+    config: Any  # the model's Config
+
+
+@dataclass
+class RunConfig:
+    model: ModelSection
+    data: DataConfig
+    train: TrainConfig
+    stages: dict[str, Stage]
+    evaluation: EvaluationConfig
+
+    def stage_list(self) -> list[tuple[str, Stage]]:
+        """Stages in order. A configuration without stages is one stage called "train"."""
+        return list(self.stages.items()) or [("train", Stage())]
+
+    def stage_steps(self, stage: Stage) -> int:
+        return self.train.steps if stage.steps is None else stage.steps
+
+    def total_steps(self) -> int:
+        return sum(self.stage_steps(stage) for _, stage in self.stage_list())
+
+
+# What may differ when a run is gone on with: how long, how often, where. All else would make it another run.
+MAY_CHANGE = (
+    "train.run_dir",
+    "train.steps",
+    "train.device",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_nonfinite",
+    "train.log_seconds",
+    "train.tensorboard_every",
+    "stages.*.steps",
+    "data.threads",
+    "data.cache_dir",
+    "evaluation.*",
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str], model_class: Callable[[str], type]) -> RunConfig:
+    """The run that a YAML file and overrides such as `train.steps=100` describe, checked.
+
+    model_class(name) gives the model's class, whose Config is the schema of the model section.
+    UserError: the file cannot be read, a key is unknown, a value has the wrong type or makes no sense.
+    """
+    sources = [(str(path), _read(path))] + [(f"override {text!r}", _parse_override(text)) for text in overrides]
+    model = {"name": "", "preset": ""}
+    for source, node in sources:
+        section = node.get("model", OmegaConf.create())
+        if not isinstance(section, DictConfig):
+            raise UserError(f"{source}: model: expected a section with at least a name, got {section!r}")
+        for key in model:
+            if key in section:
+                if not isinstance(section[key], str):
+                    raise UserError(f"{source}: model.{key}: expected a string, got {section[key]!r}")
+                model[key] = section[key]
+    if not model["name"]:
+        raise UserError(f"{path}: model.name is missing: expected the name of a model, for example `model: {{name: clip}}`")
+    config = _preset(model_class(model["name"]), model["preset"], model["name"])
+
+    # The section is flat in the file, so its schema is the Config with the two names beside its fields.
+    section_class = make_dataclass("Model", [("name", str, ""), ("preset", str, "")], bases=(type(config),))
+    section = section_class(**{f.name: getattr(config, f.name) for f in fields(config)}, **model)
+    sections = [section_class, DataConfig, TrainConfig, dict[str, Stage], EvaluationConfig]
+    schema = make_dataclass("Run", zip(("model", "data", "train", "stages", "evaluation"), sections, strict=True))
+    merged = OmegaConf.structured(schema(section, DataConfig(), TrainConfig(), {}, EvaluationConfig()))
+    for source, node in sources:
+        merged = _merge(merged, node, source)
+    loaded = _to_object(merged, str(path))
+    config = type(config)(**{f.name: getattr(loaded.model, f.name) for f in fields(config)})
+    run = RunConfig(ModelSection(**model, config=config), loaded.data, loaded.train, loaded.stages, loaded.evaluation)
+    _validate(run)
+    return run
+
+
+def stage_data(config: RunConfig, name: str, stage: Stage) -> DataConfig:
+    """The data section as the stage changes it."""
+    base = OmegaConf.structured(config.data)
+    merged = _merge(base, OmegaConf.create(stage.data), f"stages.{name}.data")
+    return _to_object(merged, f"stages.{name}.data")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain values in the shape of the file."""
+    plain = json.loads(json.dumps(asdict(config)))
+    model = plain["model"]
+    plain["model"] = {"name": model["name"], "preset": model["preset"], **model["config"]}
+    return plain
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Every key with its value; loads again to the same configuration."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str] = ()) -> list[str]:
+    """ "key: old -> new" for every dotted key whose values differ, but for those that match a pattern of `ignore`."""
+    before, after = dict(_flatten(old)), dict(_flatten(new))
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in {**before, **after}
+        if before.get(key, ...) != after.get(key, ...) and not any(fnmatchcase(key, pattern) for pattern in ignore)
+    ]
+
+
+def _flatten(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read(path: str | Path) -> DictConfig:
+    try:
+        node = OmegaConf.load(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path}: expected sections such as `model:` and `train:`, got a list")
+    return node
+
+
+def _parse_override(text: str) -> DictConfig:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {text!r}: expected key=value, for example train.steps=100")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        hint = "; text with braces needs quotes" if "{" in text else ""
+        raise UserError(f"override {text!r}: the value is not valid YAML{hint}: {_one_line(error)}") from error
+
+
+def _preset(model_class: type, preset: str, name: str) -> Any:
+    config_class = model_class.Config
+    if not preset:
+        return config_class()
+    known = [key for key, value in vars(config_class).items() if isinstance(value, (staticmethod, classmethod))]
+    if preset not in known:
+        raise UserError(f"model.preset: {name} has no preset {preset!r}; expected one of {', '.join(known) or '(none)'}")
+    return getattr(config_class, preset)()
+
+
+def _merge(base: DictConfig, node: DictConfig, source: str) -> DictConfig:
+    try:
+        return OmegaConf.merge(base, node)
+    except ConfigKeyError as error:
+        raise UserError(f"{source}: unknown key {error.full_key!r}{_suggest(base, str(error.full_key))}") from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or _not_a_section(base, node)
+        raise UserError(f"{source}: {key}: {_one_line(error)}") from error
+
+
+def _to_object(merged: DictConfig, source: str) -> Any:
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{source}: {error.full_key}: {_one_line(error)}") from error
+    except (ValueError, TypeError) as error:  # a dataclass that checks its values
+        raise UserError(f"{source}: {error}") from error
+
+
+def _suggest(base: DictConfig, unknown: str) -> str:
+    known = [key for key, _ in _flatten(OmegaConf.to_container(base, resolve=False))]
+    if unknown.startswith("stages."):  # the stage itself may be new
+        known += [".".join([*unknown.split(".")[:2], key]) for key, _ in _flatten(asdict(Stage()))]
+    sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
+    parent, _, leaf = unknown.rpartition(".")
+    siblings = {key.rpartition(".")[2]: key for key in [*known, *sections] if key.rpartition(".")[0] == parent}
+    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
+    near = [siblings[name] for name in get_close_matches(leaf, siblings, n=1)] or same_leaf
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known here: {', '.join(sorted(siblings))}"
+
+
+def _not_a_section(base: DictConfig, node: DictConfig, prefix: str = "") -> str:
+    """The key at which a plain value stands where a section is expected: OmegaConf does not say."""
+    for key, value in node.items_ex(resolve=False):
+        if key in base and isinstance(base._get_node(key), DictConfig):
+            if not isinstance(value, DictConfig):
+                return f"{prefix}{key}"
+            inner = _not_a_section(base[key], value, f"{prefix}{key}.")
+            if inner:
+                return inner
+    return ""
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OmegaConfBaseException):
+        return str(error).splitlines()[0]
+    return " ".join(str(error).split())
+
+
+_POSITIVE = {
+    "train": ["steps", "batch_size", "lr", "eps", "keep_checkpoints", "log_seconds"],
+    "data": ["num_scenes", "num_heldout", "threads", "window"],
+    "evaluation": ["batch_size"],
+}
+_NOT_NEGATIVE = {
+    "train": [
+        "seed",
+        "warmup_steps",
+        "weight_decay",
+        "clip_grad_norm",
+        "checkpoint_every",
+        "max_nonfinite",
+        "tensorboard_every",
+    ],
+    "evaluation": ["every"],
+}
+
+
+def _validate(config: RunConfig) -> None:
+    for table, fits, expected in (
+        (_POSITIVE, lambda x: x > 0, "a number above 0"),
+        (_NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
+    ):
+        for section, keys in table.items():
+            for key in keys:
+                value = getattr(getattr(config, section), key)
+                if not fits(value):
+                    raise UserError(f"{section}.{key}: expected {expected}, got {value}")
+    for name, stage in config.stages.items():
+        if stage.steps is not None and stage.steps <= 0:
+            raise UserError(f"stages.{name}.steps: expected a number above 0, got {stage.steps}")
+    betas = config.train.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"train.betas: expected two numbers from 0 to below 1, got {betas}")
+    if not config.train.run_dir:
+        raise UserError("train.run_dir: expected a folder, got an empty string")
+    for name, stage in config.stage_list():
+        data = stage_data(config, name, stage)
+        if data.source == "shards" and not data.train:
+            raise UserError('data.train: expected patterns of tar files such as ["data/train-{000..009}.tar"], got none')
+        if data.source == "emojiworld" and (data.train or data.heldout):
+            raise UserError("data.train and data.heldout are patterns of your own shards: set data.source=shards with them")

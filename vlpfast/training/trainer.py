@@ -1,0 +1,344 @@
+"""The loop: batches in, steps of the optimiser out, with nothing lost when it is stopped."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlpfast.training import checkpoint
+from vlpfast.training.config import RunConfig, Stage, to_dict
+from vlpfast.training.metrics import Display, JsonLines, TensorBoard
+from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
+from vlpfast.training.precision import use_bfloat16
+from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
+from vlpfast.training.run_folder import full_disk_named
+from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
+from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, UserError
+
+EXIT_PREEMPTED = 75  # what a command ends with after SIGTERM or SIGUSR1, the position saved: start it again to go on
+ON_HOST = ("index", "crop")  # fields of a batch that stay on the CPU
+
+
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    step: int = 0  # steps taken in the whole run; the first is step 1 in every log
+    stage: str = ""
+    stage_step: int = 0  # steps taken in this stage
+    nonfinite: int = 0  # of all these, skipped because the loss or the gradient was not finite
+
+
+@dataclass
+class _Taken:
+    """A step that was taken, its numbers perhaps still on their way from the device."""
+
+    record: dict[str, Any]
+    names: list[str]
+    values: Tensor  # [len(names)] float32 on the host
+    marks: list[Any]  # before forward, backward, optimiser; after it
+    batch: Batch
+
+
+class Trainer:
+    """Trains a model through the stages of a configuration and goes on from the newest whole checkpoint of its run folder.
+
+    loader_for_stage(name, stage) opens the training batches of a stage; the trainer closes them.
+    on_evaluate(step) -> metrics; called with the model in evaluation mode every evaluation.every steps and at the end. The random
+    numbers it uses are not missing in the training.
+
+    A step whose loss or gradient norm is not finite changes no parameter and no optimiser state: the optimiser learns of it
+    from a flag on the device, so a GPU is never waited for. Its numbers are read at once on a CPU, one step later on a GPU, and
+    always before an evaluation or a checkpoint; files and parameters are the same either way, only the end after
+    train.max_nonfinite comes one step later on a GPU. The exception is a model with after_step, which is called only after
+    steps that counted: there the flag is waited for.
+
+    Two starts of the same run give the same bits on a CPU, and on a GPU with train.deterministic.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        loader_for_stage: Callable[[str, Stage], Loader],
+        device: torch.device,
+        on_evaluate: Callable[[int], dict[str, float]] | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model.to(device)
+        self.loader_for_stage = loader_for_stage
+        self.device = device
+        self.on_evaluate = on_evaluate
+        self.run_dir = Path(config.train.run_dir)
+        self.position = Position()
+        self._offered = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._described = to_dict(config)["model"]
+        self._bf16 = use_bfloat16(config.train.precision, device)
+        self._saved_step = 0
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        if config.train.compile:
+            model.compile()
+
+    def fit(self) -> bool:
+        """Trains to the end and writes model.safetensors. False: SIGTERM or SIGUSR1 came; the step was finished and saved.
+
+        UserError: none of the checkpoints there is whole, a checkpoint of another model, the disk is full, too many steps were
+        not finite, a stage does not fit the model.
+        """
+        with full_disk_named(self.run_dir):
+            return self._fit()
+
+    def _fit(self) -> bool:
+        folder = self.run_dir / "checkpoints"
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        newest, notes = checkpoint.find_newest(folder)
+        stages = self.config.stage_list()
+        names = [name for name, _ in stages]
+        state = None
+        if newest is not None:
+            state = checkpoint.read_state(newest, self._described)
+            self.position = Position(**state["position"])
+            if self.position.stage not in names:
+                raise UserError(f"{newest} was saved in stage {self.position.stage!r}; the configuration has {', '.join(names)}")
+        checkpoint.set_aside(folder, newest)
+        self._saved_step = start = self.position.step
+        first = names.index(self.position.stage) if state else 0
+        for name, stage in stages[:first]:  # a stage without a mode keeps that of the stage before
+            set_mode(self.model, name, stage)
+        steps = [self.config.stage_steps(stage) for _, stage in stages]
+        self._total = start + sum(steps[first:]) - min(self.position.stage_step, steps[first])
+
+        self._metrics = JsonLines(self.run_dir / "metrics.jsonl", lambda line: line["step"] <= start)
+        # The last evaluation is always made again: its settings may have changed.
+        evaluated = min(start, self._total - 1)
+        self._evaluations = JsonLines(self.run_dir / "evaluation.jsonl", lambda line: line["step"] <= evaluated)
+        self._board = TensorBoard(self.run_dir / "tensorboard", self.config.train.tensorboard_every, start)
+        self._display = Display(start, self._total, self.config.train.log_seconds)
+        try:
+            for note in notes:
+                self._display.say(note)
+            self._say_start(newest)
+            for index in range(first, len(stages)):
+                if not self._run_stage(index, *stages[index], state if index == first else None, newest):
+                    return False
+            checkpoint.export(self.model, self.run_dir / "model.safetensors")
+            self._evaluate()
+            return True
+        finally:
+            for output in (self._display, self._board, self._metrics, self._evaluations):
+                output.close()
+
+    def _say_start(self, newest: Path | None) -> None:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        precision = "bf16" if self._bf16 else "fp32"
+        say, left = self._display.say, self._total - self.position.step
+        say(f"{self.config.model.name}: {count:,} parameters, {precision} on {self.device}, run folder {self.run_dir}")
+        if newest is not None:
+            say(f"going on from {newest}: {left} steps left" if left else f"{newest}: all {self._total} steps are done")
+
+    def _run_stage(self, index: int, name: str, stage: Stage, state: dict[str, Any] | None, saved: Path | None) -> bool:
+        """state, saved: the checkpoint to go on from, when it is of this stage."""
+        train, position = self.config.train, self.position
+        steps = self.config.stage_steps(stage)
+        self.model.train()
+        set_mode(self.model, name, stage)
+        select_trainable(self.model, name, stage, self._offered)
+        if state is None:
+            position.stage, position.stage_step = name, 0
+            if stage.init_from:
+                source = checkpoint.load_weights(stage.init_from, self.model)
+                self._display.say(f"stage {name}: weights from {source}")
+        self._optimizer = build_optimizer(self.model, train, name, stage)
+        if state is not None:
+            checkpoint.load(saved, self.model, self._optimizer)
+        if position.stage_step >= steps:
+            return True
+        loader = self.loader_for_stage(name, stage)
+        self._taken: deque[_Taken] = deque()
+        try:
+            # Last, because opening the loader may itself draw random numbers.
+            if state is None:
+                seed_everything(train.seed + index)
+            else:
+                loader.load_state_dict(state["processes"][0]["loader"])
+                set_rng_state(state["processes"][0]["rng"])
+            with _stop_signals() as received:
+                self._steps(name, stage, steps, loader, received)
+            self._save(loader)
+        finally:
+            loader.close()
+        if received:
+            self._display.say(
+                f"{received[0].name}: stopped after step {position.step} and saved; start again with this run folder to go on"
+            )
+        return not received
+
+    def _steps(self, name: str, stage: Stage, steps: int, loader: Loader, received: list[signal.Signals]) -> None:
+        train, position = self.config.train, self.position
+        batches = iter(loader)
+        lag = 1 if self.device.type == "cuda" else 0
+        mark = time.perf_counter()
+        while position.stage_step < steps and not received:
+            if isinstance(self.model, PreparesEpoch) and position.stage_step % len(loader) == 0:
+                self.model.prepare_epoch(loader)
+            waited = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - waited
+            taken = self._step(batch, name, stage, Progress(position.stage_step, steps))
+            position.step += 1
+            position.stage_step += 1
+            now = time.perf_counter()
+            taken.record.update(
+                epoch=position.stage_step / len(loader),
+                samples_per_s=train.batch_size / (now - mark),
+                data_wait=waited / (now - mark),
+                seconds={"data": waited},
+                skipped_samples=len(loader.skipped),
+            )
+            mark = now
+            self._taken.append(taken)
+            self._write_taken(lag)
+            due = position.step < self._total
+            if due and self.config.evaluation.every and position.step % self.config.evaluation.every == 0:
+                self._write_taken(0)
+                self._evaluate()
+                mark = time.perf_counter()
+            if due and train.checkpoint_every and position.step % train.checkpoint_every == 0:
+                self._save(loader)
+                mark = time.perf_counter()
+
+    def _step(self, batch: Batch, name: str, stage: Stage, progress: Progress) -> _Taken:
+        model, optimizer, train = self.model, self._optimizer, self.config.train
+        batch = {
+            key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
+            for key, value in batch.items()
+        }
+        lr = learning_rate(progress.step, progress.steps, train)
+        set_learning_rate(optimizer, lr)
+        if isinstance(model, BeforeStep):
+            model.before_step(progress.step)
+        marks = [_mark(self.device)]
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            losses = model(batch, progress)
+            loss = weighted_sum(losses, stage.losses, name)
+        marks.append(_mark(self.device))
+        loss.backward()
+        marks.append(_mark(self.device))
+        norm = gradient_norm(model, train.clip_grad_norm)
+        numbers = {"loss": loss, "grad_norm": norm, **{f"losses.{key}": value for key, value in losses.items()}}
+        if isinstance(getattr(model, "logit_scale", None), Tensor):
+            numbers["logit_scale"] = model.logit_scale.exp()
+        values = torch.stack([value.detach().float() for value in numbers.values()])
+        on_host = torch.empty(values.shape, pin_memory=self.device.type == "cuda").copy_(values, non_blocking=True)
+        finite = torch.isfinite(values[:2]).all()
+        optimizer.found_inf = (~finite).float()  # torch's fused optimisers leave everything as it is where this is 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if isinstance(model, AfterStep) and finite:
+            model.after_step()
+        marks.append(_mark(self.device))
+        record = {"step": self.position.step + 1, "stage": name, "lr": lr}
+        return _Taken(record, list(numbers), on_host, marks, batch)
+
+    def _write_taken(self, leave: int) -> None:
+        """Writes the steps taken but for the newest `leave`, whose numbers may not have arrived."""
+        while len(self._taken) > leave:
+            taken = self._taken.popleft()
+            times = _durations(taken.marks)
+            values = dict(zip(taken.names, taken.values.tolist(), strict=True))
+            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+            self.position.nonfinite += not finite
+            losses = {key.removeprefix("losses."): values.pop(key) for key in taken.names if key.startswith("losses.")}
+            record = {**taken.record, **values, "losses": losses, "nonfinite_steps": self.position.nonfinite}
+            record["seconds"].update(zip(("forward", "backward", "optimizer"), times, strict=True))
+            self._metrics.write(record)
+            self._display.step(record, self.config.train.batch_size)
+            if self._board.every and record["step"] % self._board.every == 0:
+                self._board.write(record["step"], {key: value for key, value in record.items() if key != "step"})
+            if not finite:
+                self._keep_nonfinite(record, taken.batch)
+
+    def _keep_nonfinite(self, record: dict[str, Any], batch: Batch) -> None:
+        path = self.run_dir / f"nonfinite-{record['step']}.pt"
+        on_host = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}
+        torch.save({"step": record["step"], "losses": record["losses"], "grad_norm": record["grad_norm"], "batch": on_host}, path)
+        what = f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}"
+        self._display.say(f"{what}: skipped, its batch is in {path}")
+        limit = self.config.train.max_nonfinite
+        if self.position.nonfinite > limit:
+            raise UserError(
+                f"{what}: {self.position.nonfinite} steps of this run were not finite, more than train.max_nonfinite={limit}. "
+                f"Their batches are in {self.run_dir}/nonfinite-*.pt. A smaller train.lr, a longer train.warmup_steps or "
+                "train.precision=fp32 are the usual cures"
+            )
+
+    def _evaluate(self) -> None:
+        if self.on_evaluate is None:
+            return
+        state = rng_state()
+        self.model.eval()
+        metrics = self.on_evaluate(self.position.step)
+        self.model.train()
+        set_rng_state(state)
+        self._evaluations.write({"step": self.position.step, **metrics})
+        self._board.write(self.position.step, metrics, "evaluation")
+
+    def _save(self, loader: Loader) -> None:
+        self._write_taken(0)
+        if self.position.step == self._saved_step:
+            return
+        self._metrics.sync()
+        self._evaluations.sync()
+        state = {
+            "position": asdict(self.position),
+            "model": self._described,
+            "processes": [{"rng": rng_state(), "loader": loader.state_dict()}],
+        }
+        train = self.config.train
+        folder = self.run_dir / "checkpoints"
+        checkpoint.save(folder, self.position.step, self.model, self._optimizer, state, train.keep_checkpoints)
+        self._saved_step = self.position.step
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """Collects SIGTERM and SIGUSR1, which would end the process, in the list that it yields."""
+    received: list[signal.Signals] = []
+    kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = [signal.signal(kind, lambda number, _: received.append(signal.Signals(number))) for kind in kinds]
+    try:
+        yield received
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)
+
+
+def _mark(device: torch.device) -> Any:
+    """A moment in the device's own time: reading it never waits for a GPU."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _durations(marks: list[Any]) -> list[float]:
+    """Seconds between marks, once the device is past the last one."""
+    if isinstance(marks[0], float):
+        return [after - before for before, after in pairwise(marks)]
+    marks[-1].synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
