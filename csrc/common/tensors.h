@@ -1,0 +1,170 @@
+// Tensors on torch's stable ABI: reading matrices of any floating dtype and layout, making outputs, matrix products.
+#pragma once
+
+#include "common/parallel.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+namespace vlpfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The dtype that sums and products are made in: float for half types, the tensor's own otherwise.
+template <class T>
+constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+    const std::vector<int64_t> shape(sizes);
+    return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt,
+                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+// Calls f with a pointer of the C++ type that `dtype` stands for.
+template <class F> void with_floating_pointer(const void* data, ScalarType dtype, const F& f) {
+    switch (dtype) {
+    case ScalarType::Float:
+        return f(static_cast<const float*>(data));
+    case ScalarType::Double:
+        return f(static_cast<const double*>(data));
+    case ScalarType::Half:
+        return f(static_cast<const torch::headeronly::Half*>(data));
+    case ScalarType::BFloat16:
+        return f(static_cast<const torch::headeronly::BFloat16*>(data));
+    default:
+        STD_TORCH_CHECK(false, "expected a floating dtype, got ", torch::headeronly::toString(dtype));
+    }
+}
+
+// Uninitialised memory that grows when asked for more and never shrinks. Aligned, because a BLAS may order its sums by
+// alignment.
+template <class T> class Buffer {
+  public:
+    T* get(int64_t count) {
+        if (count > size_) {
+            data_.reset(static_cast<T*>(::operator new(count * sizeof(T), kAlignment)));
+            size_ = count;
+        }
+        return data_.get();
+    }
+
+  private:
+    static constexpr std::align_val_t kAlignment{64};
+    struct Free {
+        void operator()(T* data) const { ::operator delete(data, kAlignment); }
+    };
+    std::unique_ptr<T, Free> data_;
+    int64_t size_ = 0;
+};
+
+// A matrix in memory: element (i, j) is data[i * row + j * column].
+template <class T> struct View {
+    T* data;
+    int64_t row, column;
+
+    View<T> transposed() const { return {data, column, row}; }
+    View<T> from(int64_t i) const { return {data + i * row, row, column}; }
+    View<const T> read() const { return {data, row, column}; }
+};
+
+// A [count, width] tensor of any floating dtype and strides, read in T.
+template <class T> class Matrix {
+  public:
+    const int64_t count, width;
+
+    explicit Matrix(const Tensor& tensor)
+        : count(tensor.size(0)), width(tensor.size(1)), data_(tensor.const_data_ptr()), dtype_(tensor.scalar_type()),
+          row_(tensor.stride(0)), column_(tensor.stride(1)) {
+        with_floating_pointer(data_, dtype_,
+                              [](auto*) {}); // raises here on another dtype: nothing may be thrown in parallel_for
+    }
+
+    // Rows [begin, begin + rows): the tensor's own memory where a product can read it, else a copy in `scratch`.
+    View<const T> rows(int64_t begin, int64_t rows, Buffer<T>& scratch) const {
+        if (dtype_ == kScalarType<T> && column_ == 1)
+            return {static_cast<const T*>(data_) + begin * row_, row_, 1};
+        T* copy = scratch.get(rows * width);
+        parallel_for(0, rows, 64, [&](int64_t from, int64_t to) {
+            for (int64_t i = from; i < to; ++i)
+                read_row(begin + i, copy + i * width);
+        });
+        return {copy, width, 1};
+    }
+
+    // Row i, dense, with consecutive elements.
+    const T* row(int64_t i, T* scratch) const {
+        if (dtype_ == kScalarType<T> && column_ == 1)
+            return static_cast<const T*>(data_) + i * row_;
+        read_row(i, scratch);
+        return scratch;
+    }
+
+  private:
+    void read_row(int64_t i, T* out) const {
+        with_floating_pointer(data_, dtype_, [&](auto* data) {
+            for (int64_t d = 0; d < width; ++d)
+                out[d] = static_cast<T>(data[i * row_ + d * column_]);
+        });
+    }
+
+    const void* data_;
+    const ScalarType dtype_;
+    const int64_t row_, column_;
+};
+
+// A vector (or a single number: then `count` equal ones) of any floating dtype, read in T.
+template <class T> std::vector<T> read_vector(const Tensor& tensor, int64_t count) {
+    std::vector<T> out(count);
+    const int64_t stride = tensor.dim() == 0 ? 0 : tensor.stride(0);
+    with_floating_pointer(tensor.const_data_ptr(), tensor.scalar_type(), [&](auto* data) {
+        for (int64_t i = 0; i < count; ++i)
+            out[i] = static_cast<T>(data[i * stride]);
+    });
+    return out;
+}
+
+inline std::vector<int64_t> read_integers(const Tensor& tensor) {
+    const int64_t* data = tensor.const_data_ptr<int64_t>();
+    std::vector<int64_t> out(tensor.size(0));
+    for (size_t i = 0; i < out.size(); ++i)
+        out[i] = data[static_cast<int64_t>(i) * tensor.stride(0)];
+    return out;
+}
+
+// out [m, n] = a [m, k] @ b [k, n], added to what `out` holds if `accumulate`; by torch's own BLAS.
+// Call it inside parallel_for, one part of the work each: there it runs on one thread, so that its bits do not depend
+// on the number of threads (a threaded BLAS cuts small products differently for every number). It makes tensors from
+// raw pointers and goes past the dispatcher, so no state of the calling thread (autocast, modes, function transforms)
+// matters.
+template <class T>
+void product(View<T> out, View<const T> a, View<const T> b, int64_t m, int64_t n, int64_t k, bool accumulate) {
+    const auto tensor = [](View<const T> v, int64_t rows, int64_t columns) {
+        const std::array<int64_t, 2> sizes{rows, columns}, strides{v.row, v.column};
+        return torch::stable::from_blob(const_cast<T*>(v.data), {sizes.data(), 2}, {strides.data(), 2},
+                                        torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalarType<T>);
+    };
+    const Tensor c = tensor({out.data, out.row, out.column}, m, n), left = tensor(a, m, k), right = tensor(b, k, n);
+    if (accumulate) {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(c.get(), c.get(), left.get(), right.get(), 1.0, 1.0));
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(c.get(), left.get(), right.get()));
+    }
+}
+
+} // namespace vlpfast

@@ -1,0 +1,360 @@
+// pair_logsumexp on the CPU. See vlpfast/ops/contrastive/__init__.py for what it computes and vlpfast/ops/_schemas.py
+// for the arguments.
+//
+// The logits S = scale x y^T + bias [M, N] exist one tile at a time, and within a tile one thread makes a strip of
+// rows: the product by torch's BLAS, then one fused pass over it that takes exponentials and sums along both axes. The
+// backward forms P = dLoss/dS in the tile, and two further products give P y and P^T x. Pairs that stay out (own pairs
+// among them) are zeros in the tile; the own pairs' logits and gradients are made beside it.
+//
+// Two forms of the exponentials:
+// - centred: E = exp(S - c), one shift c for the whole matrix: one exponential serves rows and columns, and E can be
+//   kept (stash);
+// - exact: each row and column has its own largest logit as shift: two exponentials. Taken when a centred sum comes
+//   out too small.
+//
+// The partition into tiles and strips depends on the shape alone, and partial sums are added in a fixed order: the
+// number of threads changes no bit of any result.
+
+#include "contrastive/problem.h"
+
+#include <tuple>
+
+namespace vlpfast::contrastive {
+namespace {
+
+// Gradient weights are scaled by this (and by the largest incoming gradient), so that neither tiny gradients nor sums
+// near either end of the range leave float's normal numbers; the final factor takes it out again. A power of two: no
+// rounding.
+constexpr double kWeightScale = 0x1p40;
+
+// Adds the strips' partial sums of columns [strips, n], in the order of the strips.
+template <class T> void add_partial(const T* partial, int64_t count, int64_t n, double* sum) {
+    for (int64_t s = 0; s < count; ++s) {
+        for (int64_t j = 0; j < n; ++j)
+            sum[j] += partial[s * n + j];
+    }
+}
+
+template <class T> double largest_norm(const Matrix<T>& m) {
+    std::vector<double> norm(m.count);
+    parallel_for(0, m.count, 64, [&](int64_t from, int64_t to) {
+        std::vector<T> scratch(m.width);
+        for (int64_t i = from; i < to; ++i) {
+            const T* row = m.row(i, scratch.data());
+            norm[i] = std::sqrt(dot(row, row, m.width));
+        }
+    });
+    double largest = 0;
+    for (const double n : norm)
+        largest = n <= largest ? largest : n; // keeps NaN
+    return largest;
+}
+
+// c = max(0, B - kMaxExponent + ln max(M, N) + 1) where B bounds the logits: no exponential and no sum overflows.
+template <class T> T centre(const Problem<T>& p) {
+    double bound = std::abs(static_cast<double>(p.scale)) * largest_norm(p.x) * largest_norm(p.y);
+    if (!p.bias.empty())
+        bound += *std::max_element(p.bias.begin(), p.bias.end());
+    const double c = bound - kMaxExponent<T> + std::log(static_cast<double>(std::max<int64_t>({p.M(), p.N(), 1}))) + 1;
+    return static_cast<T>(c <= 0 ? 0 : c); // keeps NaN
+}
+
+// `stash` [M * N], or null, receives the exponentials: tile after tile, each dense and row-major.
+template <class T> void sum_centred(const Problem<T>& p, T shift, T* stash, Sums<T>& rows, Sums<T>& columns) {
+    const std::vector<T> offset = p.bias_minus(shift);
+    if (p.want_rows)
+        std::fill(rows.shift.begin(), rows.shift.end(), shift);
+    if (p.want_columns)
+        std::fill(columns.shift.begin(), columns.shift.end(), shift);
+    Buffer<T> x_copy, y_copy, scratch, partial_buffer;
+    for (int64_t I = 0; I < p.row_tiles.count; ++I) {
+        const int64_t i0 = p.row_tiles.begin(I), m = p.row_tiles.length(I);
+        const View<const T> x = p.x.rows(i0, m, x_copy);
+        for (int64_t J = 0; J < p.column_tiles.count; ++J) {
+            const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
+            const View<const T> y = p.y.rows(j0, n, y_copy);
+            const View<T> tile =
+                stash ? View<T>{stash + i0 * p.N() + j0 * m, n, 1} : View<T>{scratch.get(m * (n + kPad)), n + kPad, 1};
+            T* partial = partial_buffer.get(strips(m).count * n);
+            strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
+                T* const sums = partial + strip * n;
+                std::fill_n(sums, n, T(0));
+                product<T>(tile.from(begin), x.from(begin), y.transposed(), length, n, p.D(), false);
+                for (int64_t r = begin; r < begin + length; ++r) {
+                    T* e = tile.data + r * tile.row;
+                    p.exponentials(e, n, i0 + r, j0, offset);
+                    rows.sum[i0 + r] += add_row(e, n, sums);
+                }
+            });
+            add_partial(partial, strips(m).count, n, columns.sum.data() + j0);
+        }
+    }
+}
+
+// The running maximum of one row or column rises to `largest`: what was summed so far is rescaled.
+template <class T> void raise(double& sum, T& shift, T largest) {
+    if (!(largest > shift))
+        return;
+    sum *= std::exp(static_cast<double>(shift) - largest);
+    shift = largest;
+}
+
+template <class T> void sum_exact(const Problem<T>& p, Sums<T>& rows, Sums<T>& columns) {
+    constexpr T kNone = -std::numeric_limits<T>::infinity();
+    if (p.want_rows)
+        std::fill(rows.shift.begin(), rows.shift.end(), kNone);
+    if (p.want_columns)
+        std::fill(columns.shift.begin(), columns.shift.end(), kNone);
+    const auto usable = [](T shift) { return shift == kNone ? T(0) : shift; }; // -inf - (-inf) is no number
+    Buffer<T> x_copy, y_copy, scratch, partial_buffer;
+    std::vector<T> column_shift(p.column_tiles.size);
+    for (int64_t I = 0; I < p.row_tiles.count; ++I) {
+        const int64_t i0 = p.row_tiles.begin(I), m = p.row_tiles.length(I);
+        const View<const T> x = p.x.rows(i0, m, x_copy);
+        for (int64_t J = 0; J < p.column_tiles.count; ++J) {
+            const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
+            const View<const T> y = p.y.rows(j0, n, y_copy);
+            const View<T> tile{scratch.get(m * (n + kPad)), n + kPad, 1};
+            T* partial = partial_buffer.get(strips(m).count * n);
+            strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
+                T* const largest = partial + strip * n;
+                std::fill_n(largest, n, kNone);
+                product<T>(tile.from(begin), x.from(begin), y.transposed(), length, n, p.D(), false);
+                for (int64_t r = begin; r < begin + length; ++r) {
+                    T* s = tile.data + r * tile.row;
+                    p.logits(s, n, i0 + r, j0);
+                    raise(rows.sum[i0 + r], rows.shift[i0 + r], max_row(s, n, largest));
+                }
+            });
+            for (int64_t s = 0; s < strips(m).count; ++s) {
+                for (int64_t j = 0; j < n; ++j)
+                    raise(columns.sum[j0 + j], columns.shift[j0 + j], partial[s * n + j]);
+            }
+            for (int64_t j = 0; j < n; ++j)
+                column_shift[j] = usable(columns.shift[j0 + j]);
+            strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
+                T* const sums = partial + strip * n;
+                std::fill_n(sums, n, T(0));
+                for (int64_t r = begin; r < begin + length; ++r) {
+                    rows.sum[i0 + r] +=
+                        exp_sum_row(tile.data + r * tile.row, n, usable(rows.shift[i0 + r]), column_shift.data(), sums);
+                }
+            });
+            add_partial(partial, strips(m).count, n, columns.sum.data() + j0);
+        }
+    }
+    std::transform(rows.shift.begin(), rows.shift.end(), rows.shift.begin(), usable);
+    std::transform(columns.shift.begin(), columns.shift.end(), columns.shift.begin(), usable);
+}
+
+// rows, columns, row_stats, column_stats, exact, stash
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T> Forward forward(const Problem<T>& p, bool keep) {
+    const Tensor stash = empty({keep ? p.M() * p.N() : 0}, kScalarType<T>);
+    Sums<T> rows(p.M()), columns(p.N());
+    sum_centred(p, centre(p), keep ? stash.mutable_data_ptr<T>() : nullptr, rows, columns);
+    const Tensor exact = empty({}, ScalarType::Bool);
+    const bool again = (p.want_rows && rows.underflow()) || (p.want_columns && columns.underflow());
+    *exact.mutable_data_ptr<bool>() = again;
+    if (again) {
+        rows = Sums<T>(p.M());
+        columns = Sums<T>(p.N());
+        sum_exact(p, rows, columns);
+    }
+    const Tensor row_out = empty({p.want_rows ? p.M() : 0}, kScalarType<T>),
+                 column_out = empty({p.want_columns ? p.N() : 0}, kScalarType<T>);
+    std::vector<double> own_of_column(p.N(), 0.0), own_of_row(p.M(), 0.0);
+    parallel_for(0, static_cast<int64_t>(p.own_column.size()), 64, [&](int64_t from, int64_t to) {
+        std::vector<T> x_copy(p.D()), y_copy(p.D());
+        for (int64_t i = from; i < to; ++i) {
+            const int64_t j = p.own_column[i];
+            own_of_row[i] = p.scale * dot(p.x.row(i, x_copy.data()), p.y.row(j, y_copy.data()), p.D()) + p.bias[j];
+        }
+    });
+    if (p.want_rows) {
+        T* out = row_out.mutable_data_ptr<T>();
+        for (int64_t i = 0; i < p.M(); ++i)
+            out[i] = static_cast<T>(rows.logsumexp(i) - own_of_row[i]);
+    }
+    if (p.want_columns) {
+        for (size_t i = 0; i < p.own_column.size(); ++i)
+            own_of_column[p.own_column[i]] = own_of_row[i];
+        T* out = column_out.mutable_data_ptr<T>();
+        for (int64_t j = 0; j < p.N(); ++j)
+            out[j] = static_cast<T>(columns.logsumexp(j) - own_of_column[j]);
+    }
+    return {row_out, column_out, rows.stats(), columns.stats(), exact, stash};
+}
+
+// out[at ...] = factor * in, in out's dtype
+template <class T> void store(const T* in, int64_t n, double factor, const Tensor& out, int64_t at) {
+    with_floating_pointer(out.mutable_data_ptr(), out.scalar_type(), [&](auto* data) {
+        using Out = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+        scale_row(in, n, factor, const_cast<Out*>(data) + at);
+    });
+}
+
+// dx, dy, dscale, dbias: empty where not needed
+using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& grad_columns, const Sums<T>& rows,
+                  const Sums<T>& columns, bool exact, const T* stash, ScalarType x_dtype, ScalarType y_dtype,
+                  bool need_x, bool need_y, bool need_scale, bool need_bias) {
+    const int64_t M = p.M(), N = p.N(), D = p.D();
+    const std::vector<T> g = p.want_rows ? read_vector<T>(grad_rows, M) : std::vector<T>(M, T(0));
+    const std::vector<T> h = p.want_columns ? read_vector<T>(grad_columns, N) : std::vector<T>(N, T(0));
+    double largest = 0;
+    for (const auto* grads : {&g, &h}) {
+        for (const T v : *grads)
+            largest = std::max(largest, std::abs(static_cast<double>(v)));
+    }
+    const double unit = (largest > 0 && std::isfinite(largest) ? std::exp2(std::ilogb(largest)) : 1.0) / kWeightScale;
+    // E (a_i + b_j) is unit times smaller than dLoss / dS
+    const auto weights = [unit](const std::vector<T>& grad, const std::vector<double>& sum) {
+        std::vector<T> out(grad.size());
+        for (size_t i = 0; i < out.size(); ++i)
+            out[i] = sum[i] == 0 ? T(0) : static_cast<T>(grad[i] / unit / sum[i]);
+        return out;
+    };
+    const std::vector<T> a = weights(g, rows.sum), b = weights(h, columns.sum);
+    std::vector<T> own(p.own_column.size()); // dLoss / dS of the own pairs, in the same unit
+    for (size_t i = 0; i < own.size(); ++i)
+        own[i] = static_cast<T>(-(static_cast<double>(g[i]) + h[p.own_column[i]]) / unit);
+    const std::vector<T> offset =
+        p.bias_minus(p.want_rows ? (M ? rows.shift[0] : T(0)) : (N ? columns.shift[0] : T(0)));
+
+    const Tensor dx = empty({need_x ? M : 0, D}, x_dtype), dy = empty({need_y ? N : 0, D}, y_dtype);
+    const bool scale_by_y = need_scale && !need_x && need_y, make_gx = need_x || (need_scale && !scale_by_y);
+    std::vector<double> row_dot(scale_by_y ? N : M, 0.0), bias_sum(N, 0.0);
+    Buffer<T> x_copy, y_copy, scratch, partial_buffer, gx_buffer, gy_buffer;
+    T* const gy = !need_y ? nullptr : y_dtype == kScalarType<T> ? dy.mutable_data_ptr<T>() : gy_buffer.get(N * D);
+    if (gy)
+        std::fill_n(gy, N * D, T(0));
+
+    for (int64_t I = 0; I < p.row_tiles.count; ++I) {
+        const int64_t i0 = p.row_tiles.begin(I), m = p.row_tiles.length(I);
+        const View<const T> x = p.x.rows(i0, m, x_copy);
+        T* const gx = make_gx ? gx_buffer.get(m * D) : nullptr;
+        if (gx)
+            std::fill_n(gx, m * D, T(0));
+        for (int64_t J = 0; J < p.column_tiles.count; ++J) {
+            const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
+            const View<const T> y = p.y.rows(j0, n, y_copy);
+            const View<T> tile{scratch.get(m * (n + kPad)), n + kPad, 1};
+            const T* kept = stash && !exact ? stash + i0 * N + j0 * m : nullptr;
+            T* partial = need_bias ? partial_buffer.get(strips(m).count * n) : nullptr;
+            strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
+                T* const sums = partial ? partial + strip * n : nullptr;
+                if (sums)
+                    std::fill_n(sums, n, T(0));
+                if (!kept)
+                    product<T>(tile.from(begin), x.from(begin), y.transposed(), length, n, D, false);
+                for (int64_t r = begin; r < begin + length; ++r) {
+                    T* s = tile.data + r * tile.row;
+                    const int64_t i = i0 + r;
+                    if (exact) {
+                        p.logits(s, n, i, j0);
+                        weigh_logits(s, n, a[i], rows.shift[i], b.data() + j0, columns.shift.data() + j0);
+                    } else {
+                        if (!kept)
+                            p.exponentials(s, n, i, j0, offset);
+                        weigh(s, kept ? kept + r * n : s, n, a[i], b.data() + j0);
+                    }
+                    if (sums)
+                        add_row(s, n, sums);
+                }
+                if (gx)
+                    product<T>({gx + begin * D, D, 1}, tile.from(begin).read(), y, length, D, n, true);
+            });
+            if (partial)
+                add_partial(partial, strips(m).count, n, bias_sum.data() + j0);
+            if (!gy)
+                continue;
+            strips(n).each([&](int64_t, int64_t begin, int64_t length) {
+                product<T>({gy + (j0 + begin) * D, D, 1}, tile.read().transposed().from(begin), x, length, D, m, true);
+            });
+        }
+        if (!gx)
+            continue;
+        parallel_for(0, m, 32, [&](int64_t from, int64_t to) {
+            std::vector<T> y_row(D);
+            for (int64_t r = from; r < to; ++r) {
+                if (!own.empty())
+                    add_scaled(gx + r * D, p.y.row(p.own_column[i0 + r], y_row.data()), D, own[i0 + r]);
+                if (!scale_by_y)
+                    row_dot[i0 + r] = dot(x.data + r * x.row, gx + r * D, D);
+                if (need_x)
+                    store(gx + r * D, D, unit * p.scale, dx, (i0 + r) * D);
+            }
+        });
+    }
+    if (gy) {
+        std::vector<T> x_row(D);
+        for (size_t i = 0; i < own.size(); ++i)
+            add_scaled(gy + p.own_column[i] * D, p.x.row(i, x_row.data()), D, own[i]);
+        parallel_for(0, N, 32, [&](int64_t from, int64_t to) {
+            std::vector<T> y_row(D);
+            for (int64_t j = from; j < to; ++j) {
+                if (scale_by_y)
+                    row_dot[j] = dot(p.y.row(j, y_row.data()), gy + j * D, D);
+                store(gy + j * D, D, unit * p.scale, dy, j * D);
+            }
+        });
+    }
+
+    const Tensor dscale = empty({need_scale ? 1 : 0}, kScalarType<T>),
+                 dbias = empty({need_bias ? N : 0}, kScalarType<T>);
+    if (need_scale) {
+        double sum = 0;
+        for (const double d : row_dot)
+            sum += d;
+        *dscale.mutable_data_ptr<T>() = static_cast<T>(unit * sum);
+    }
+    if (need_bias) {
+        for (size_t i = 0; i < own.size(); ++i)
+            bias_sum[p.own_column[i]] += own[i];
+        T* out = dbias.mutable_data_ptr<T>();
+        for (int64_t j = 0; j < N; ++j)
+            out[j] = static_cast<T>(unit * bias_sum[j]);
+    }
+    return {dx, dy, dscale, dbias};
+}
+
+bool in_double(const Tensor& x) {
+    return x.scalar_type() == ScalarType::Double;
+}
+
+Forward pair_fwd(const Tensor& x, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& own, std::optional<int64_t> own_offset,
+                 const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids, bool rows, bool columns,
+                 bool stash) {
+    const auto run = [&]<class T>(T) {
+        return forward(Problem<T>(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns), stash);
+    };
+    return in_double(x) ? run(double()) : run(float());
+}
+
+Backward pair_bwd(const Tensor& grad_rows, const Tensor& grad_columns, const Tensor& x, const Tensor& y,
+                  const Tensor& scale, const std::optional<Tensor>& bias, const std::optional<Tensor>& own,
+                  std::optional<int64_t> own_offset, const std::optional<Tensor>& row_ids,
+                  const std::optional<Tensor>& column_ids, bool rows, bool columns, const Tensor& row_stats,
+                  const Tensor& column_stats, const Tensor& exact, const Tensor& stash, bool need_x, bool need_y,
+                  bool need_scale, bool need_bias) {
+    const auto run = [&]<class T>(T) {
+        return backward(Problem<T>(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns), grad_rows,
+                        grad_columns, Sums<T>(row_stats), Sums<T>(column_stats), *exact.const_data_ptr<bool>(),
+                        stash.numel() ? stash.const_data_ptr<T>() : nullptr, x.scalar_type(), y.scalar_type(), need_x,
+                        need_y, need_scale, need_bias);
+    };
+    return in_double(x) ? run(double()) : run(float());
+}
+
+} // namespace
+} // namespace vlpfast::contrastive
+
+STABLE_TORCH_LIBRARY_IMPL(vlpfast, CPU, m) {
+    m.impl("pair_fwd", TORCH_BOX(&vlpfast::contrastive::pair_fwd));
+    m.impl("pair_bwd", TORCH_BOX(&vlpfast::contrastive::pair_bwd));
+}

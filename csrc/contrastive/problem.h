@@ -1,0 +1,127 @@
+// The matrix of logits that pair_logsumexp is about: its features, what stays out of its sums, how it is cut up, and
+// the sums themselves.
+#pragma once
+
+#include "common/parallel.h"
+#include "common/tensors.h"
+#include "contrastive/rows.h"
+
+#include <cmath>
+#include <optional>
+
+namespace vlpfast::contrastive {
+
+// A tile has at most kRows x kColumns logits, made in at most kStrips strips of rows: 256 x 1024 keep the products at
+// full speed and a strip in the second-level cache for its fused pass. kPad spare elements after each row of a scratch
+// tile keep power-of-two strides out of the products.
+constexpr int64_t kRows = 2048, kColumns = 1024, kStrips = 8, kPad = 16;
+
+inline Parts strips(int64_t n) {
+    return Parts(n, std::max<int64_t>(16, (n + kStrips - 1) / kStrips));
+}
+
+// Centred exponentials stay below exp(kMaxExponent); sums under kSmallestSum have lost too much to flushed terms.
+template <class T> constexpr double kMaxExponent = std::is_same_v<T, double> ? 700.0 : 87.0;
+template <class T> constexpr double kSmallestSum = std::is_same_v<T, double> ? 1e-280 : 1e-25;
+
+// Sums of exp(logit - shift) along one axis.
+template <class T> struct Sums {
+    std::vector<double> sum;
+    std::vector<T> shift;
+
+    // An axis that was not asked for: the infinite shift makes every exponential 0.
+    explicit Sums(int64_t n) : sum(n, 0.0), shift(n, std::numeric_limits<T>::infinity()) {}
+    explicit Sums(const Tensor& stats) {
+        const T* data = stats.const_data_ptr<T>();
+        const int64_t n = stats.size(1);
+        sum.assign(data, data + n);
+        shift.assign(data + n, data + 2 * n);
+    }
+    bool underflow() const {
+        return std::any_of(sum.begin(), sum.end(), [](double s) { return s < kSmallestSum<T>; }); // false on NaN
+    }
+    double logsumexp(int64_t i) const { return std::log(sum[i]) + shift[i]; }
+
+    Tensor stats() const {
+        const auto n = static_cast<int64_t>(sum.size());
+        const Tensor out = empty({2, n}, kScalarType<T>);
+        T* data = out.mutable_data_ptr<T>();
+        std::transform(sum.begin(), sum.end(), data, [](double s) { return static_cast<T>(s); });
+        std::copy(shift.begin(), shift.end(), data + n);
+        return out;
+    }
+};
+
+template <class T> struct Problem {
+    const Matrix<T> x, y;
+    const T scale;
+    const std::vector<T> bias;       // [N]
+    std::vector<int64_t> own_column; // [M] column of each row's own pair; empty: no row has one
+    std::vector<int64_t> row_ids, column_ids;
+    const bool want_rows, want_columns;
+    const Parts row_tiles, column_tiles;
+
+    Problem(const Tensor& x, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& bias,
+            const std::optional<Tensor>& own, std::optional<int64_t> own_offset, const std::optional<Tensor>& row_ids,
+            const std::optional<Tensor>& column_ids, bool rows, bool columns)
+        : x(x), y(y), scale(read_vector<T>(scale, 1)[0]),
+          bias(bias ? read_vector<T>(*bias, this->y.count) : std::vector<T>(this->y.count, T(0))), want_rows(rows),
+          want_columns(columns), row_tiles(this->x.count, kRows), column_tiles(this->y.count, kColumns) {
+        STD_TORCH_CHECK(this->x.width == this->y.width, "x and y differ in width: ", this->x.width, " and ",
+                        this->y.width);
+        if (own)
+            own_column = read_integers(*own);
+        if (own_offset) {
+            own_column.resize(M());
+            for (int64_t i = 0; i < M(); ++i)
+                own_column[i] = i + *own_offset;
+        }
+        STD_TORCH_CHECK(own_column.empty() || static_cast<int64_t>(own_column.size()) == M(), "own: expected ", M(),
+                        " indices, got ", own_column.size());
+        std::vector<char> taken(want_columns ? N() : 0);
+        for (const int64_t j : own_column) {
+            STD_TORCH_CHECK(j >= 0 && j < N(), "own: expected columns in [0, ", N(), "), got ", j);
+            STD_TORCH_CHECK(!want_columns || !taken[j], "own: column ", j, " is the own pair of two rows");
+            if (want_columns)
+                taken[j] = 1;
+        }
+        if (row_ids) {
+            this->row_ids = read_integers(*row_ids);
+            this->column_ids = read_integers(*column_ids);
+            STD_TORCH_CHECK(static_cast<int64_t>(this->row_ids.size()) == M() &&
+                                static_cast<int64_t>(this->column_ids.size()) == N(),
+                            "leave_out: expected ", M(), " and ", N(), " ids, got ", this->row_ids.size(), " and ",
+                            this->column_ids.size());
+        }
+    }
+
+    int64_t M() const { return x.count; }
+    int64_t N() const { return y.count; }
+    int64_t D() const { return x.width; }
+
+    // Puts `value` where row i of the matrix, of which s holds columns [begin, begin + n), has a pair that stays out.
+    void leave_out(T* s, int64_t n, int64_t i, int64_t begin, T value) const {
+        if (!row_ids.empty())
+            set_where_equal(s, n, column_ids.data() + begin, row_ids[i], value);
+        if (!own_column.empty() && own_column[i] >= begin && own_column[i] < begin + n)
+            s[own_column[i] - begin] = value;
+    }
+
+    // A row of products becomes a row of centred exponentials, respectively of logits; `offset` is bias - c.
+    void exponentials(T* s, int64_t n, int64_t i, int64_t begin, const std::vector<T>& offset) const {
+        exp_affine(s, n, scale, offset.data() + begin);
+        leave_out(s, n, i, begin, T(0));
+    }
+    void logits(T* s, int64_t n, int64_t i, int64_t begin) const {
+        affine(s, n, scale, bias.data() + begin);
+        leave_out(s, n, i, begin, -std::numeric_limits<T>::infinity());
+    }
+    std::vector<T> bias_minus(T shift) const {
+        std::vector<T> out(bias);
+        for (T& b : out)
+            b -= shift;
+        return out;
+    }
+};
+
+} // namespace vlpfast::contrastive

@@ -1,0 +1,242 @@
+"""The conformance table: every operator x backend x dtype x case, against its reference in float64 on the same numbers.
+
+A new operator adds one `Op` to OPS; test_conformance.py runs the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlpfast.ops import backends, contrastive
+from vlpfast.ops.selfcheck import TOLERANCES
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Op:
+    call: Callable[..., Tensor | tuple[Tensor, ...]]
+    kernels: dict[str, str]  # beside reference: backend -> device type
+    features: tuple[str, ...]  # arguments that come in the dtype under test
+    parameters: tuple[str, ...]  # differentiable arguments in the accumulating dtype
+    cases: dict[str, Callable[[], Arguments]]
+    logarithms: bool = False  # results are logarithms: errors count relative to 1 where the results are smaller
+
+
+def run(op: Op, backend: str, arguments: Arguments) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The results, and the gradients of a fixed weighted sum of the finite ones, by argument."""
+    leaves = {
+        name: arguments[name].detach().requires_grad_()
+        for name in (*op.features, *op.parameters)
+        if isinstance(arguments.get(name), Tensor)
+    }
+    with backends.use(backend):
+        results = op.call(**(arguments | leaves))
+    results = list(results) if isinstance(results, tuple) else [results]
+    total = torch.zeros((), dtype=torch.float64, device=results[0].device)
+    for result in results:
+        weights = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype, device=result.device).reshape(result.shape)
+        total = total + torch.where(result.isfinite(), result * weights, 0).sum()
+    gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return [r.detach() for r in results], {name: g for name, g in zip(leaves, gradients, strict=True) if g is not None}
+
+
+def convert(op: Op, arguments: Arguments, dtype: torch.dtype, device: str) -> Arguments:
+    """Features in `dtype`, parameters in the accumulating one; layouts (strides, offsets) stay."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def one(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(one("", v) for v in value)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value.to(device) if isinstance(value, Tensor) else value
+        target = dtype if name in op.features else wide
+        base = value._base if value._base is not None else value
+        base = base.to(device, target)
+        return base.as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return {name: one(name, value) for name, value in arguments.items()}
+
+
+def relative_error(found: Tensor, expected: Tensor, floor: float = 1e-300) -> float:
+    """Frobenius, over the finite entries (`floor`: their least typical size); infinite where the others are not the same."""
+    assert found.shape == expected.shape
+    found, expected = found.double(), expected.double()
+    finite = expected.isfinite()
+    if not torch.equal(torch.where(finite, 0, found), torch.where(finite, 0, expected)):
+        return torch.inf
+    difference = torch.where(finite, found - expected, 0).norm()
+    size = torch.where(finite, expected, 0).norm().clamp_min(max(1e-300, floor * expected.numel() ** 0.5))
+    return float((difference / size).nan_to_num(torch.inf))
+
+
+def compare(op: Op, backend: str, dtype: torch.dtype, case: str) -> None:
+    arguments = convert(op, op.cases[case](), dtype, op.kernels.get(backend, "cpu"))
+    results, gradients = run(op, backend, arguments)
+    expected, expected_gradients = run(op, "reference", convert(op, arguments, torch.float64, "cpu"))
+    slack = 10 if backend == "reference" else 1  # dense sums in float32 are less exact
+    value_tolerance, gradient_tolerance = (slack * tolerance for tolerance in TOLERANCES[dtype])
+    for i, (found, wanted) in enumerate(zip(results, expected, strict=True)):
+        error = relative_error(found.cpu(), wanted, 1.0 if op.logarithms else 1e-300)
+        assert error <= value_tolerance, f"result {i}: relative error {error:.1e}"
+    assert gradients.keys() == expected_gradients.keys()
+    for name, found in gradients.items():
+        info = torch.finfo(found.dtype)  # where float16 gradients are subnormal, half their spacing is the least error there is
+        error = relative_error(found.cpu(), expected_gradients[name], info.smallest_normal * info.eps / 2 / gradient_tolerance)
+        assert error <= gradient_tolerance, f"gradient of {name}: relative error {error:.1e}"
+
+
+# --- contrastive ------------------------------------------------------------------------------------------------------
+
+
+def features(m: int, n: int, d: int, *, noise: float | None = None, seed: int = 0) -> Arguments:
+    """Unit vectors; with `noise` row i of y is row i of x and so much of something else."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(m, d, generator=generator), torch.randn(n, d, generator=generator)
+    if noise is not None:
+        y = F.normalize(x, dim=1) + noise * F.normalize(y, dim=1)
+    return {"x": F.normalize(x, dim=1).double(), "y": F.normalize(y, dim=1).double()}
+
+
+def pairs(m: int, n: int, d: int, *, noise: float | None = None, **more: Any) -> Arguments:
+    scale = more.pop("scale", 14.3)
+    return features(m, n, d, noise=noise) | {"scale": torch.tensor(scale) if isinstance(scale, float) else scale[0]} | more
+
+
+def ids(m: int, n: int, groups: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(groups, (m,), generator=generator), torch.randint(groups, (n,), generator=generator)
+
+
+def permutation(m: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(2))[:m]
+
+
+def bias(n: int) -> Tensor:
+    return torch.linspace(-3, 2, n)
+
+
+def strided(m: int, n: int, d: int) -> Arguments:
+    """x with transposed strides, y every second column of a wider matrix, from its third row on."""
+    wide = features(d, n + 2, 2 * d)
+    x, y = wide["x"][:, :m].T, wide["y"][2:, ::2]
+    assert not x.is_contiguous() and y.storage_offset()
+    return {"x": x, "y": y, "scale": torch.tensor(5.0), "bias": torch.linspace(-1, 1, 2 * n)[::2]}
+
+
+def expanded(m: int, n: int, d: int) -> Arguments:
+    both = features(1, n, d)
+    return {"x": both["x"].expand(m, d), "y": both["y"], "scale": torch.tensor(5.0), "bias": torch.tensor(0.5).expand(n)}
+
+
+def cone(n: int, d: int) -> Arguments:
+    """Two narrow cones, as freshly initialised towers give: all logits large and nearly equal."""
+    both = features(n, n, d)
+    x, y = (F.normalize(0.1 * both[name] + both["x"][:1], dim=1) for name in ("x", "y"))
+    return {"x": x, "y": y, "scale": torch.tensor(100.0)}
+
+
+def duplicates(n: int, d: int) -> Arguments:
+    """Every pair occurs twice, the cosine of the two 0.9999: the loss is about ln 2 however large the scale."""
+    both, other = features(n, n, d, noise=0.05), features(n, n, d, seed=1)
+    twins = {name: F.normalize(both[name][torch.arange(n) // 2] + 1e-2 * other[name], dim=1) for name in ("x", "y")}
+    return twins | {"scale": torch.tensor(100.0)}
+
+
+def long_vectors(n: int, d: int) -> Arguments:
+    """One long vector each puts the bound on the logits far above most of them: the centred sums underflow."""
+    both = features(n, n, d)
+    for name in ("x", "y"):
+        both[name][0] *= 30
+    return both | {"scale": torch.tensor(1.0)}
+
+
+def tall(arguments: Arguments, name: str) -> Arguments:
+    return arguments | {name: arguments[name].repeat(60, 1)}
+
+
+PAIR_CASES: dict[str, Callable[[], Arguments]] = {
+    # sizes: nothing, one, around a strip (16 rows), around a tile (2048 rows, 1024 columns), primes; the width too
+    "0x0x4": lambda: pairs(0, 0, 4),
+    "0x5x4": lambda: pairs(0, 5, 4),
+    "5x0x4": lambda: pairs(5, 0, 4, own=None),
+    "3x4x0": lambda: pairs(3, 4, 0, bias=bias(4)),
+    "1x1x1": lambda: pairs(1, 1, 1),
+    "1x1x7, nothing left": lambda: pairs(1, 1, 7),
+    "2x2x3": lambda: pairs(2, 2, 3),
+    "15x15x8": lambda: pairs(15, 15, 8),
+    "16x16x8": lambda: pairs(16, 16, 8),
+    "17x17x8": lambda: pairs(17, 17, 8),
+    "127x127x31": lambda: pairs(127, 127, 31),
+    "257x509x67": lambda: pairs(257, 509, 67),
+    "509x257x67": lambda: pairs(509, 257, 67, own=None),
+    "3x1023x5": lambda: pairs(3, 1023, 5),
+    "3x1024x5": lambda: pairs(3, 1024, 5),
+    "3x1025x5": lambda: pairs(3, 1025, 5),
+    "2047x3x5": lambda: pairs(2047, 3, 5, own=None),
+    "2048x3x5": lambda: pairs(2048, 3, 5, own=None),
+    "2049x3x5": lambda: pairs(2049, 3, 5, own=None),
+    # own pair and what else stays out
+    "offset": lambda: pairs(20, 33, 6, own=11),
+    "index": lambda: pairs(20, 33, 6, own=permutation(20, 33)),
+    "strided index": lambda: pairs(10, 33, 6, own=permutation(20, 33)[::2]),
+    "no own pair": lambda: pairs(20, 33, 6, own=None),
+    "leave out": lambda: pairs(40, 50, 6, leave_out=ids(40, 50, 7)),
+    "leave out, no own pair": lambda: pairs(40, 50, 6, own=None, leave_out=ids(40, 50, 7)),
+    "everything left out": lambda: pairs(9, 12, 6, leave_out=ids(9, 12, 1)),
+    "some rows left out wholly": lambda: pairs(9, 12, 6, leave_out=(torch.arange(9) // 5, torch.zeros(12, dtype=torch.long))),
+    "rows": lambda: pairs(20, 33, 6, directions="rows", bias=bias(33)),
+    "rows, one column for all": lambda: pairs(20, 33, 6, directions="rows", own=torch.full((20,), 4)),
+    "cols": lambda: pairs(20, 33, 6, directions="cols", bias=bias(33)),
+    # bias and scale
+    "bias": lambda: pairs(20, 33, 6, bias=bias(33)),
+    "0-d bias": lambda: pairs(20, 33, 6, bias=torch.tensor(-10.0)),
+    "bias far down": lambda: pairs(20, 33, 6, bias=torch.tensor(-400.0)),
+    "scale 0": lambda: pairs(20, 33, 6, scale=0.0),
+    "scale 100": lambda: pairs(20, 33, 6, scale=100.0),
+    "negative scale": lambda: pairs(20, 33, 6, scale=-20.0),
+    "scale 0, a float": lambda: pairs(20, 33, 6, scale=(0.0,)),
+    "scale 14.3, a float": lambda: pairs(20, 33, 6, scale=(14.3,)),
+    "scale 100, an int": lambda: pairs(20, 33, 6, scale=(100,)),
+    # layouts
+    "strided": lambda: strided(20, 33, 6),
+    "expanded": lambda: expanded(20, 33, 6),
+    # regimes
+    "random, scale 100": lambda: pairs(200, 200, 64, scale=100.0),
+    "initial cone": lambda: cone(200, 64),
+    "low loss": lambda: pairs(200, 200, 64, noise=0.6, scale=50.0),
+    "near-zero loss": lambda: pairs(200, 200, 64, noise=0.2, scale=100.0),
+    "centred sums underflow": lambda: long_vectors(40, 16),
+    "centred sums underflow, all arguments": lambda: long_vectors(40, 16) | {"bias": bias(40), "leave_out": ids(40, 40, 9)},
+    "centred sums underflow, rows": lambda: long_vectors(40, 16) | {"bias": bias(40), "directions": "rows"},
+    "centred sums underflow, cols": lambda: long_vectors(40, 16) | {"directions": "cols"},
+    "centred sums underflow, two tiles of rows": lambda: tall(long_vectors(40, 4), "x") | {"own": None},
+    "centred sums underflow, two tiles of columns": lambda: tall(long_vectors(40, 4), "y"),
+}
+CLIP_CASES = {
+    name: case
+    for name, case in PAIR_CASES.items()
+    if (arguments := case()).keys() == {"x", "y", "scale"} and len(arguments["x"]) == len(arguments["y"])
+}
+
+
+def with_budget(function: Callable[..., Any], stash_bytes: int) -> Callable[..., Any]:
+    return lambda **arguments: function(**arguments, stash_bytes=stash_bytes)
+
+
+OPS = {
+    f"{function.__name__}, {plan}": Op(
+        with_budget(function, budget), contrastive.KERNELS, ("x", "y"), ("scale", "bias"), cases, logarithms
+    )
+    for function, cases, logarithms in (
+        (contrastive.pair_logsumexp, PAIR_CASES, True),
+        (contrastive.clip_loss, CLIP_CASES, False),
+    )
+    for plan, budget in (("stash", 4 << 30), ("recompute", 0))
+}

@@ -1,0 +1,84 @@
+"""Which implementations of the operators exist here, which one is used, and how to force one.
+
+`reference` is the definition in plain torch and runs on every device; `cpp` is the compiled library on the CPU; `triton` and
+`cuda` are for NVIDIA GPUs. Unless one is forced, an operator takes the fastest it has for the tensors' device. Force one for a
+whole process by the environment (`VLPFAST_BACKEND=reference`), or for a few lines:
+
+    with backends.use("reference"):
+        loss = clip_loss(image, text, scale)
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+
+from vlpfast.ops import _library
+
+NAMES = ("reference", "cpp", "triton", "cuda")
+_forced: str | None = os.environ.get("VLPFAST_BACKEND") or None
+_told: set[str] = set()
+
+
+def available() -> dict[str, str]:
+    """Every backend's name, with "" where it can be used here, else the reason why it cannot."""
+    return {name: _missing(name) for name in NAMES}
+
+
+@contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """Forces one backend for every operator called inside, in all threads; None goes back to the automatic choice."""
+    global _forced
+    if name is not None:
+        _require(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, kernels: Mapping[str, str], device: torch.device) -> str:
+    """The backend for one call of `op`, whose kernels beside `reference` are {backend: device type}, fastest first."""
+    if _forced is not None:
+        _require(_forced)
+        if _forced != "reference" and kernels.get(_forced) != device.type:
+            has = ", ".join(["reference", *(f"{name} ({kind})" for name, kind in kernels.items())])
+            raise RuntimeError(
+                f"backend {_forced!r} is forced, but {op} has no such kernel for {device.type} tensors; it has {has}"
+            )
+        return _forced
+    for name, kind in kernels.items():
+        if kind == device.type and not _missing(name):
+            return name
+    if device.type not in ("cpu", "meta") and not torch.compiler.is_compiling() and op not in _told:
+        _told.add(op)
+        warnings.warn(f"{op} has no kernel for {device.type} tensors here: the slow `reference` backend is used", stacklevel=4)
+    return "reference"
+
+
+def _require(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend (VLPFAST_BACKEND or backends.use): expected one of {', '.join(NAMES)}, got {name!r}")
+    reason = _missing(name)
+    if reason:
+        raise RuntimeError(f"backend {name!r} is forced, but it is not there: {reason}")
+
+
+def _missing(name: str) -> str:
+    if name == "cpp":
+        return _library.MISSING
+    if name == "triton":
+        if find_spec("triton") is None:
+            return "the package triton is not installed"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        return "no operator of this version has a Triton kernel"
+    if name == "cuda":
+        return "the library was built without CUDA kernels"
+    return ""

@@ -1,0 +1,37 @@
+"""The definition of the contrastive operators in plain torch: dense, any device, differentiable any number of times."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vlpfast.ops._schemas import accumulate_dtype
+
+
+def pair_logsumexp(
+    x: Tensor,  # [M, D]
+    y: Tensor,  # [N, D]
+    scale: Tensor,  # []
+    *,
+    own: int | Tensor | None = 0,  # [M] int64
+    leave_out: tuple[Tensor, Tensor] | None = None,  # [M], [N] int64
+    bias: Tensor | None = None,  # [] or [N]
+) -> tuple[Tensor, Tensor]:
+    """rows [M] and cols [N] as the public function of this name defines them; float64 in float64, everything else in float32."""
+    dtype = accumulate_dtype(x.dtype)
+    logits = scale.to(dtype) * (x.to(dtype) @ y.to(dtype).T)  # [M, N]
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    out = torch.zeros(logits.shape, dtype=torch.bool, device=x.device)  # [M, N] True: stays out of the sums
+    if leave_out is not None:
+        out = leave_out[0][:, None] == leave_out[1]
+    if own is None:
+        kept = logits.masked_fill(out, -torch.inf)
+        return kept.logsumexp(1), kept.logsumexp(0)
+    row = torch.arange(x.shape[0], device=x.device)
+    column = row + own if not isinstance(own, Tensor) else own  # [M] the column of each row's own pair
+    out = out.index_put((row, column), torch.ones((), dtype=torch.bool, device=x.device))
+    kept = logits.masked_fill(out, -torch.inf)
+    own_logits = logits[row, column]  # [M]
+    own_of_column = torch.zeros_like(logits[:1].sum(0)).index_put((column,), own_logits)  # [N] 0 where a column is no row's own
+    return kept.logsumexp(1) - own_logits, kept.logsumexp(0) - own_of_column

@@ -1,0 +1,35 @@
+"""FLOP formulas of the operators, for torch's counter.
+
+Counting needs this module imported first; `vlpfast.ops` does not do it, because torch's counter loads triton where there is one.
+
+    from vlpfast.ops.flops import FlopCounterMode
+    with FlopCounterMode() as counter:
+        ...
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from vlpfast.ops import _schemas  # noqa: F401  (the operators must exist)
+
+__all__ = ["FlopCounterMode"]
+
+
+def _product(x_shape, y_shape) -> int:
+    return 2 * x_shape[0] * y_shape[0] * x_shape[1]
+
+
+@register_flop_formula(torch.ops.vlpfast.pair_fwd)
+def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    return _product(x_shape, y_shape)
+
+
+@register_flop_formula(torch.ops.vlpfast.pair_bwd)
+def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    stash_shape, need_x, need_y, need_scale = args[11], args[12], args[13], args[14]
+    recomputed = math.prod(stash_shape) == 0
+    return _product(x_shape, y_shape) * (recomputed + (need_x or (need_scale and not need_y)) + need_y)

@@ -1,0 +1,93 @@
+"""Every operator on every backend that exists here, against the reference in float64 on the same numbers (a second)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlpfast.ops import backends, contrastive
+
+# Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
+TOLERANCES = {
+    torch.float32: (1e-5, 1e-4),
+    torch.float64: (1e-12, 1e-10),
+    torch.bfloat16: (1e-5, 8e-3),
+    torch.float16: (1e-5, 2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    op: str
+    backend: str
+    dtype: torch.dtype
+    ok: bool
+    detail: str  # the largest errors, or what was raised
+
+
+def check() -> list[Check]:
+    there = [name for name, reason in backends.available().items() if not reason]
+    return [
+        _check(op, backend, contrastive.KERNELS.get(backend, "cpu"), dtype)
+        for op in _CASES
+        for backend in there
+        for dtype in TOLERANCES
+    ]
+
+
+def _pair_logsumexp(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
+    return contrastive.pair_logsumexp(x, y, scale, own=len(y) - len(x), leave_out=(ids[: len(x)], ids[: len(y)]), bias=bias)
+
+
+def _clip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (contrastive.clip_loss(x, y[: len(x)], scale, stash_bytes=0),)
+
+
+_CASES: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pair_logsumexp": _pair_logsumexp, "clip_loss": _clip_loss}
+_SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
+
+
+def _check(op: str, backend: str, device: str, dtype: torch.dtype) -> Check:
+    errors = torch.zeros(2)
+    try:
+        for m, n, d in _SHAPES:
+            inputs = _inputs(m, n, d, dtype, device)
+            with backends.use("reference"):
+                expected = _run(_CASES[op], [t.double() for t in inputs])
+            with backends.use(backend):
+                found = _run(_CASES[op], inputs)
+            errors = errors.maximum(torch.tensor([_error(f, e) for f, e in zip(found, expected, strict=True)]))
+    except Exception as error:  # whatever goes wrong is the finding
+        return Check(op, backend, dtype, False, f"{type(error).__name__}: {error}")
+    ok = bool((errors <= torch.tensor(TOLERANCES[dtype])).all())
+    return Check(op, backend, dtype, ok, f"largest error {errors[0]:.0e}, of gradients {errors[1]:.0e}")
+
+
+def _inputs(m: int, n: int, d: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(m)
+    x, y = (torch.nn.functional.normalize(torch.randn(rows, d, generator=generator), dim=1) for rows in (m, n))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    features = [x.to(device, dtype), y.to(device, dtype)]
+    return [*features, torch.tensor(14.3, dtype=wide, device=device), torch.randn(n, generator=generator).to(device, wide)]
+
+
+def _run(function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The function's results, and the gradients of a weighted sum of them."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    results = function(*leaves)
+    total = sum((r * torch.linspace(0.5, 1.5, r.numel(), device=r.device).reshape(r.shape)).sum() for r in results)
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [r.detach() for r in results], [g for g in gradients if g is not None]
+
+
+def _error(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative error (Frobenius) over pairs of tensors; infinite if there is a number that is none."""
+    errors = [
+        (f.double() - e).norm() / e.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        for f, e in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(errors).nan_to_num(torch.inf).max())
