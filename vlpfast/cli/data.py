@@ -1,0 +1,238 @@
+"""vlpfast-data: make, index, check and look at shards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from vlpfast.cli._run import run
+from vlpfast.types import UserError
+
+_EXAMPLES = """\
+examples:
+  vlpfast-data emojiworld data/emoji --num-scenes 20000      make the embedded data
+  vlpfast-data preview 'data/emoji/train-*.tar' -o sheet.png  look at it
+  vlpfast-data stats data/emoji                               count what is there
+  vlpfast-data verify 'data/cc3m-{000..331}.tar'              find damaged samples
+  vlpfast-data index 'data/cc3m-{000..331}.tar'               make the index files beforehand
+
+PATTERN is a tar file, a glob, a folder of tar files, or any of them with braces as in {000..331}. Quote patterns, so that the
+shell leaves them alone.
+"""
+
+
+def entry() -> NoReturn:
+    run(main)
+
+
+def main(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    return arguments.command(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "vlpfast-data", description="Make, index, check and look at WebDataset shards.", epilog=_EXAMPLES, formatter_class=raw
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    add = commands.add_parser(
+        "emojiworld",
+        help="make the embedded data: scenes of emoji with captions and exact ground truth",
+        description="Makes the shards train-*.tar, heldout-*.tar (two objects each) and heldout_single-*.tar (one object each)\n"
+        "in OUT. An OUT that holds this very world is left as it is. Needs: pip install 'vlpfast[demo]'",
+        epilog="example:\n  vlpfast-data emojiworld data/emoji --num-scenes 50000 --objects 2 3 --language ja",
+        formatter_class=raw,
+    )
+    add.add_argument("out", metavar="OUT", help="the folder to make")
+    add.add_argument("--num-scenes", type=int, default=20_000, metavar="N", help="scenes to train on (20000)")
+    add.add_argument("--heldout", type=int, default=1_000, metavar="N", help="scenes in each held-out split (1000)")
+    add.add_argument(
+        "--vocabulary", type=_vocabulary, default=100, metavar="N|all", help="objects: the first so many of 100, or all (100)"
+    )
+    add.add_argument("--objects", type=int, nargs=2, default=(1, 4), metavar=("LOW", "HIGH"), help="objects of a scene (1 4)")
+    add.add_argument("--domain", default="twemoji", help="artwork: twemoji or openmoji (twemoji)")
+    add.add_argument("--language", default="en", help="of names and captions: en, de, ja, ... (en)")
+    add.add_argument("--size", type=int, default=96, metavar="PIXELS", help="width and height of the pictures (96)")
+    add.add_argument("--format", default="jpg", help="jpg or png (jpg)")
+    add.add_argument("--quality", type=int, default=92, help="of the JPEG, up to 100 (92)")
+    add.add_argument("--translations", action="store_true", help="put each object's names in all languages into the JSON")
+    add.add_argument("--seed", type=int, default=0, help="another number, another world (0)")
+    add.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="samples in each tar file (1000)")
+    add.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (as many as cores)")
+    add.set_defaults(command=_emojiworld)
+
+    add = _add(commands, _index, "index", "make the index file of each shard, unless a right one is there")
+    add = _add(commands, _verify, "verify", "read everything and name what is damaged; exit code 1 if anything is")
+    add.add_argument("--no-decode", action="store_true", help="read the pictures' headers alone: much faster")
+    add = _add(commands, _stats, "stats", "samples, bytes, picture sizes, caption lengths, vocabulary, reading speed")
+    add.add_argument("--limit", type=_positive, default=10_000, metavar="N", help="samples to look at, spread evenly (10000)")
+    add = _add(commands, _preview, "preview", "a contact sheet with captions, and boxes where the JSON has them")
+    add.add_argument("-o", "--output", default="preview.png", metavar="FILE", help=".png, or .html for any script (preview.png)")
+    add.add_argument("--count", type=_positive, default=24, metavar="N", help="samples, spread evenly (24)")
+    return parser
+
+
+def _add(commands, command: Callable[[argparse.Namespace], int], name: str, text: str) -> argparse.ArgumentParser:
+    add = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    add.add_argument("patterns", nargs="+", metavar="PATTERN", help="tar files, globs, folders, braces: 'data/x-{000..009}.tar'")
+    add.set_defaults(command=command)
+    return add
+
+
+def _vocabulary(text: str) -> int | str:
+    return text if text == "all" else _positive(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _emojiworld(arguments: argparse.Namespace) -> int:
+    from vlpfast.data import emojiworld
+
+    world = emojiworld.World(
+        seed=arguments.seed,
+        vocabulary=arguments.vocabulary,
+        size=arguments.size,
+        objects=tuple(arguments.objects),
+        domain=arguments.domain,
+        language=arguments.language,
+        format=arguments.format,
+        quality=arguments.quality,
+        translations=arguments.translations,
+    )
+    splits = emojiworld.default_splits(arguments.num_scenes, arguments.heldout)
+    patterns = emojiworld.build(
+        arguments.out,
+        world,
+        splits,
+        workers=arguments.workers,
+        samples_per_shard=arguments.samples_per_shard,
+        progress=_progress("scenes"),
+    )
+    _table(["split", "scenes", "shards"], [[name, str(splits[name].num_scenes), pattern] for name, pattern in patterns.items()])
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from vlpfast.data.shards import ShardSet, expand, index_path
+
+    before = {path: _stamp(index_path(path)) for path in expand(arguments.patterns)}
+    shards = ShardSet(arguments.patterns)
+    made = sum(_stamp(index_path(path)) != stamp for path, stamp in before.items())
+    print(f"{len(shards.shards)} shards with {len(shards)} samples; {made} index files made, {len(before) - made} were right")
+    if missing := [path for path in before if _stamp(index_path(path)) is None]:
+        raise UserError(
+            f"{len(missing)} shards have no index file, such as {missing[0]}: "
+            "their folder cannot be written, or names in them have white space"
+        )
+    return 0
+
+
+def _stamp(path: str) -> int | None:
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from vlpfast.data.shards import verify
+
+    report = verify(arguments.patterns, decode=not arguments.no_decode, progress=_progress("shards"))
+    rows = []
+    for shard in report.shards:
+        damaged = len({key for key, _ in shard.damaged})
+        rows.append([shard.path, str(shard.samples), str(damaged), shard.problem or ("damaged samples" if damaged else "sound")])
+    _table(["shard", "samples", "damaged", "state"], rows)
+    for shard in report.shards:
+        for key, problem in shard.damaged:
+            print(f"{os.path.basename(shard.path)}:{key}: {problem}")
+    broken = sum(bool(shard.problem) for shard in report.shards)
+    print(f"{len(report.shards)} shards, {report.samples} samples: {report.damaged} samples and {broken} shards damaged")
+    return 0 if report.ok else 1
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from vlpfast.data.inspect import stats
+
+    found = stats(arguments.patterns, limit=arguments.limit, progress=_progress("samples"))
+    share = "" if found.examined == found.samples else f" ({found.examined} of them looked at)"
+    print(f"shards      {found.shards}, {_bytes(found.tar_bytes)}")
+    print(f"samples     {found.samples}{share}, {_bytes(found.tar_bytes / found.samples)} each")
+    print(f"members     {_most(found.extensions, 8)}")
+    print(f"pictures    {_most(Counter({f'{w} x {h}': n for (w, h), n in found.sizes.items()}), 6)}")
+    print(f"captions    {len(found.words)}, {len(found.vocabulary)} different words")
+    print(f"words       {_most(found.vocabulary, 12)}")
+    if found.without_picture or found.without_caption:
+        print(f"damaged     {found.without_picture} without a readable picture, {found.without_caption} without a caption")
+    seconds = max(found.read_seconds, 1e-9)
+    print(
+        f"reading     {found.examined / seconds:,.0f} samples/s, {_bytes(found.read_bytes / seconds)}/s (bytes alone, 4 threads)"
+    )
+    if found.words:
+        print("caption length in words")
+        _histogram(found.words)
+    return 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    from vlpfast.data.inspect import preview
+
+    count = preview(arguments.patterns, arguments.output, count=arguments.count)
+    print(f"{count} samples on {arguments.output}")
+    return 0
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def _progress(what: str) -> Callable[[int, int], None] | None:
+    """A line on stderr that counts, where stderr is a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    shown = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if done == total or time.monotonic() - shown > 0.1:
+            shown = time.monotonic()
+            print(f"\r{done:,} of {total:,} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> None:
+    rows = [head, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _histogram(values: list[int]) -> None:
+    low, high = min(values), max(values)
+    width = (high - low) // 12 + 1
+    bins = Counter((value - low) // width for value in values)
+    for i in range((high - low) // width + 1):
+        start, end = low + i * width, low + (i + 1) * width - 1
+        name = f"{start}" if width == 1 else f"{start}-{end}"
+        print(f"  {name:>9}  {bins[i]:>9,}  {'#' * round(40 * bins[i] / max(bins.values()))}".rstrip())
+
+
+def _most(counter: Counter[str], n: int) -> str:
+    rest = len(counter) - n
+    return ", ".join(f"{name}: {count:,}" for name, count in counter.most_common(n)) + (f", {rest} more" if rest > 0 else "")
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
