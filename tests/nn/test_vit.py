@@ -41,6 +41,36 @@ def test_pooling() -> None:
     torch.testing.assert_close(vit.pool(tokens), vit.norm_post(tokens.mean(1)))
 
 
+def test_convolutional_stem_makes_the_patches_of_its_size() -> None:
+    vit = make(stem=[8, 16], pool="mean")
+    image = torch.randn(3, 3, 32, 32)
+    patches = vit.patch_embed(image)
+    assert patches.shape == (3, 16, 16)
+    kernels = [(conv.weight, conv.bias) for conv in vit.patch_embed if isinstance(conv, torch.nn.Conv2d)]
+    x = image
+    for i, (weight, bias) in enumerate(kernels):
+        x = F.conv2d(x, weight, bias, stride=2, padding=1)
+        if i < len(kernels) - 1:
+            x = F.gelu(F.group_norm(x, 8))
+    torch.testing.assert_close(patches, x.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(vit.patch_embed(image[1:2]), patches[1:2])  # a picture does not depend on the others
+    kept = torch.tensor([[3, 0], [15, 7], [1, 2]])
+    torch.testing.assert_close(vit.patch_embed(image, kept), torch.stack([patches[i, row] for i, row in enumerate(kept)]))
+    changed = image.clone()
+    changed[:, :, 24:, 24:] += 1  # the last patch: row by row, it is number 15
+    difference = (vit.patch_embed(changed) - patches).abs().amax((0, 2))
+    assert difference.argmax() == 15 and (difference[:8] < difference[15] / 10).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"stem": [8]}, "patch_size 8"), ({"stem": [8, 12]}, "multiples of 8"), ({"stem": [8, 0]}, "multiples of 8")],
+)
+def test_a_stem_that_does_not_fit_is_named(changes: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        make(**changes)
+
+
 @pytest.mark.parametrize("pool", ["class", "mean"])
 def test_patch_dropout_keeps_patches_with_their_positions(pool: str) -> None:
     vit = make(patch_dropout=0.75, pool=pool)

@@ -175,6 +175,8 @@ def _rules(naming: str, config: CLIP.Config, own: StateDict) -> list[Rule]:
         return [Rule(name, (name,)) for name in own]
     if config.vision.pool != "class":
         raise UserError(f"vision.pool: {naming} has no counterpart of a CLIP with pool={config.vision.pool!r}")
+    if config.vision.stem:
+        raise UserError(f"vision.stem: {naming} has no counterpart of a CLIP with a convolutional stem")
     return _open_clip(config) if naming == "open_clip" else _transformers(config)
 
 

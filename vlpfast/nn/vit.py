@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -22,14 +23,46 @@ class ViTConfig(TransformerConfig):
     heads: int = 12
     patch_size: int = 32
     pool: Literal["class", "mean"] = "class"  # the class token, or the mean of the patch tokens, without a class token then
+    # Empty: a patch is embedded by one product. Channels of 3 x 3 convolutions of stride 2, which another one of `width` channels
+    # follows: together they make the patches, so patch_size is 2 ** (len(stem) + 1). Learns faster from few pictures.
+    stem: list[int] = field(default_factory=list)
     patch_dropout: float = 0.0  # share of the patches left out in training, anew for each picture (FLIP, Li et al. 2023)
 
 
-class ViT(nn.Module):
-    """Square pictures to patch tokens, as in CLIP: learned positions, a norm before the blocks, no bias in the patch embedding.
+class PatchEmbed(nn.Linear):
+    """One matrix product on unfolded patches; a row of its weight is a convolution's kernel [3, P, P], flat."""
 
-    The patch embedding is one matrix product on unfolded patches; a row of its weight is a convolution's kernel [3, P, P], flat.
-    """
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__(3 * patch_size**2, width, bias=False)
+        self.patch_size = patch_size
+
+    def forward(self, image: Tensor, kept: Tensor | None = None) -> Tensor:
+        """image [B, 3, S, S] -> [B, T, width], row by row. kept [B, T]: the patches that are wanted; the others cost nothing."""
+        batch, size, grid = image.shape[0], self.patch_size, image.shape[-1] // self.patch_size
+        patches = image.reshape(batch, 3, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)  # [B, grid, grid, 3, P, P]
+        if kept is not None:
+            patches = patches[torch.arange(batch, device=image.device)[:, None], kept // grid, kept % grid]  # [B, T, 3, P, P]
+        return super().forward(patches.reshape(batch, -1, 3 * size**2))
+
+
+class ConvStem(nn.Sequential):
+    """Convolutions of stride 2 in place of the patch embedding (Xiao et al. 2021, "Early convolutions help transformers see
+    better"), with group norms, which unlike the paper's batch norms let no picture depend on others."""
+
+    def __init__(self, channels: list[int], width: int) -> None:
+        layers: list[nn.Module] = []
+        for before, after in pairwise([3, *channels]):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.GroupNorm(8, after), nn.GELU()]
+        super().__init__(*layers, nn.Conv2d(channels[-1], width, 3, 2, 1))
+
+    def forward(self, image: Tensor, kept: Tensor | None = None) -> Tensor:
+        """As PatchEmbed; patches that are not kept are computed too, because their neighbours' convolutions reach into them."""
+        patches = super().forward(image.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)  # [B, N, width]
+        return patches if kept is None else patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+
+
+class ViT(nn.Module):
+    """Square pictures to patch tokens, as in CLIP: learned positions, a norm before the blocks, no bias in PatchEmbed."""
 
     def __init__(self, config: ViTConfig, image_size: int) -> None:
         super().__init__()
@@ -37,14 +70,20 @@ class ViT(nn.Module):
             raise UserError(f"patch_size: expected a divisor of the picture size {image_size}, got {config.patch_size}")
         if config.pool not in ("class", "mean"):
             raise UserError(f"pool: expected class or mean, got {config.pool!r}")
+        if config.stem and config.patch_size != 2 ** (len(config.stem) + 1):
+            raise UserError(
+                f"stem: {len(config.stem)} convolutions and the last one make patches of {2 ** (len(config.stem) + 1)} pixels, "
+                f"got patch_size {config.patch_size}"
+            )
+        if any(channels < 8 or channels % 8 for channels in config.stem):
+            raise UserError(f"stem: expected channels in multiples of 8, got {config.stem}")
         if not 0 <= config.patch_dropout < 1:
             raise UserError(f"patch_dropout: expected a share in [0, 1), got {config.patch_dropout}")
         self.image_size = image_size
-        self.patch_size = config.patch_size
         self.grid = image_size // config.patch_size
         self.kept_patches = max(1, round(self.grid**2 * (1 - config.patch_dropout)))
         width = config.width
-        self.patch_embed = nn.Linear(3 * config.patch_size**2, width, bias=False)
+        self.patch_embed = ConvStem(config.stem, width) if config.stem else PatchEmbed(config.patch_size, width)
         self.class_token = nn.Parameter(width**-0.5 * torch.randn(width)) if config.pool == "class" else None
         prefix = 0 if self.class_token is None else 1
         self.position = nn.Parameter(width**-0.5 * torch.randn(prefix + self.grid**2, width))  # class token, then row by row
@@ -59,16 +98,13 @@ class ViT(nn.Module):
         """
         if image.ndim != 4 or image.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"image: expected [B, 3, {self.image_size}, {self.image_size}], got {tuple(image.shape)}")
-        batch, grid, size = image.shape[0], self.grid, self.patch_size
-        patches = image.reshape(batch, 3, grid, size, grid, size).permute(0, 2, 4, 1, 3, 5)  # [B, grid, grid, 3, P, P]
-        prefix = 0 if self.class_token is None else 1
-        position = self.position[prefix:]  # [grid^2, width]
-        if self.training and self.kept_patches < grid**2:
-            kept = torch.rand(batch, grid**2, device=image.device).topk(self.kept_patches).indices  # [B, T]
-            row = torch.arange(batch, device=image.device)[:, None]
-            patches = patches[row, kept // grid, kept % grid]  # [B, T, 3, P, P]
+        batch = image.shape[0]
+        position = self.position[0 if self.class_token is None else 1 :]  # [grid^2, width]
+        kept = None
+        if self.training and self.kept_patches < self.grid**2:
+            kept = torch.rand(batch, self.grid**2, device=image.device).topk(self.kept_patches).indices  # [B, T]
             position = F.embedding(kept, position)  # [B, T, width]
-        x = self.patch_embed(patches.reshape(batch, -1, 3 * size**2)) + position
+        x = self.patch_embed(image, kept) + position
         if self.class_token is not None:
             first = (self.class_token + self.position[0]).expand(batch, 1, -1)
             x = torch.cat((first, x), dim=1)

@@ -1,6 +1,6 @@
 """What is said about a scene, with the characters that name each object.
 
-English captions are sentences that tell every fact of the scene's key, and the background in some of the scenes. In the other
+English captions are sentences that tell every fact of the scene's key, and in most scenes the background. In the other
 languages, whose grammar bends words by gender and case, a caption is the list of the objects' names, one for each object."""
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from vlpfast.data.emojiworld.draws import Draws
 from vlpfast.data.emojiworld.sprites import Sprite, Word, sprite, visible_tints
 from vlpfast.data.emojiworld.world import World
 
-SIZES = {"small": (0.28, 0.32), "medium": (0.38, 0.42), "large": (0.49, 0.55)}  # longer side over the picture's
+SIZES = {"small": (0.29, 0.33), "medium": (0.39, 0.44), "large": (0.50, 0.56)}  # longer side over the picture's
 PREDICATES = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}  # axis, sign of object - subject
 CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 PLACES = tuple(
@@ -27,8 +27,8 @@ _KIND_PERCENT = (40, 25, 12, 11, 12)
 _COUNT_WEIGHTS = (4, 3, 2, 1)  # of one to four objects: names are learned where there are few
 
 _SIZE_PERCENT = {1: (20, 60, 20), 2: (20, 60, 20), 3: (35, 55, 10), 4: (65, 35, 0)}  # by number of objects
-# Percent. Low, because what tells scenes apart without their objects' names keeps a contrastive model from learning the names.
-_TINTED, _PLACE_TOLD, _BACKGROUND_TOLD = 25, 40, 25
+# Percent of the objects that are tinted, of the single objects whose place is told, of the scenes whose background is.
+_TINTED, _PLACE_TOLD, _BACKGROUND_TOLD = 25, 75, 90
 _MAX_ROTATION = 15  # degrees either way
 _MAX_OVERLAP = 0.1  # of the smaller of two objects' boxes
 _CONTRAST = 130  # between an object's average colour and the background's, summed over R, G, B

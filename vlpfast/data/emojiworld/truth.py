@@ -37,7 +37,7 @@ from vlpfast.data.emojiworld.scenes import Scene, relations
 from vlpfast.data.emojiworld.sprites import Word
 from vlpfast.data.emojiworld.world import World
 
-FORMAT = 2  # counts up with every change of what the same options give
+FORMAT = 3  # counts up with every change of what the same options give
 
 
 def sample_key(split: str, number: int) -> str:
