@@ -59,7 +59,7 @@ def test_convolutional_stem_makes_the_patches_of_its_size() -> None:
     changed = image.clone()
     changed[:, :, 24:, 24:] += 1  # the last patch: row by row, it is number 15
     difference = (vit.patch_embed(changed) - patches).abs().amax((0, 2))
-    assert difference.argmax() == 15 and (difference[:8] < difference[15] / 10).all()
+    assert difference.argmax() == 15 and (difference[:8] < difference[15] / 5).all()  # elsewhere only through the norms
 
 
 @pytest.mark.parametrize(
