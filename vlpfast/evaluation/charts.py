@@ -12,7 +12,7 @@ from html import escape
 from itertools import pairwise
 
 WIDTH, HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 12, 34
 POINTS = 240  # a longer series is drawn as so many means with a band from minimum to maximum
 _STOPS = 60  # places that tell their values under the pointer
 COLOURS = 5  # classes s0 .. s4
