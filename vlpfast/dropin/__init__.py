@@ -1,0 +1,1 @@
+"""Replacements for ops of other code bases, under their names (none yet); imports ops alone."""

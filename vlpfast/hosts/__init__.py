@@ -1,0 +1,1 @@
+"""Skeletons that published systems are composed with (none yet): between objectives and models."""

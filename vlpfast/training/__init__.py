@@ -1,0 +1,1 @@
+"""The engine: configuration, stages, trainer, checkpoints."""
