@@ -3,8 +3,8 @@
     vlpfast-train configs/clip.yaml
     python benchmarks/train.py runs/clip
 
-Seconds are summed over the steps of metrics.jsonl (samples / samples_per_s), without evaluations and checkpoints; samples/s is over
-all steps but the first ten.
+Seconds are summed over the steps of metrics.jsonl (samples / samples_per_s), without evaluations and checkpoints; samples/s is
+over all steps but the first ten.
 """
 
 from __future__ import annotations
