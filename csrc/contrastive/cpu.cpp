@@ -8,7 +8,7 @@
 //
 // Two forms of the exponentials:
 // - centred: E = exp(S - c), one shift c for the whole matrix: one exponential serves rows and columns, and E can be
-//   kept (stash);
+//   kept (stash), tile by tile as far as there is room;
 // - exact: each row and column has its own largest logit as shift: two exponentials. Taken when a centred sum comes
 //   out too small.
 //
@@ -59,22 +59,36 @@ template <class T> T centre(const Problem<T>& p) {
     return static_cast<T>(c <= 0 ? 0 : c); // keeps NaN
 }
 
-// `stash` [M * N], or null, receives the exponentials: tile after tile, each dense and row-major.
-template <class T> void sum_centred(const Problem<T>& p, T shift, T* stash, Sums<T>& rows, Sums<T>& columns) {
+// The exponentials that are kept: tile after tile, each dense and row-major, the first tiles that have room in it.
+template <class T> struct Stash {
+    T* data;
+    int64_t size;
+
+    // The place of the m x n tile at row i0 and column j0 of N columns; null: it has none.
+    T* tile(int64_t i0, int64_t m, int64_t j0, int64_t n, int64_t N) const {
+        const int64_t begin = i0 * N + j0 * m;
+        return begin + m * n <= size ? data + begin : nullptr;
+    }
+};
+
+template <class T>
+void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& rows, Sums<T>& columns) {
     const std::vector<T> offset = p.bias_minus(shift);
     if (p.want_rows)
         std::fill(rows.shift.begin(), rows.shift.end(), shift);
     if (p.want_columns)
         std::fill(columns.shift.begin(), columns.shift.end(), shift);
     Buffer<T> x_copy, y_copy, scratch, partial_buffer;
+    T* kept_end = stash.data;
     for (int64_t I = 0; I < p.row_tiles.count; ++I) {
         const int64_t i0 = p.row_tiles.begin(I), m = p.row_tiles.length(I);
         const View<const T> x = p.x.rows(i0, m, x_copy);
         for (int64_t J = 0; J < p.column_tiles.count; ++J) {
             const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
             const View<const T> y = p.y.rows(j0, n, y_copy);
-            const View<T> tile =
-                stash ? View<T>{stash + i0 * p.N() + j0 * m, n, 1} : View<T>{scratch.get(m * (n + kPad)), n + kPad, 1};
+            T* const kept = stash.tile(i0, m, j0, n, p.N());
+            kept_end = kept ? kept + m * n : kept_end;
+            const View<T> tile = kept ? View<T>{kept, n, 1} : View<T>{scratch.get(m * (n + kPad)), n + kPad, 1};
             T* partial = partial_buffer.get(strips(m).count * n);
             strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
                 T* const sums = partial + strip * n;
@@ -89,6 +103,7 @@ template <class T> void sum_centred(const Problem<T>& p, T shift, T* stash, Sums
             add_partial(partial, strips(m).count, n, columns.sum.data() + j0);
         }
     }
+    std::fill(kept_end, stash.data + stash.size, T(0)); // the same bits every time
 }
 
 // The running maximum of one row or column rises to `largest`: what was summed so far is rescaled.
@@ -150,10 +165,10 @@ template <class T> void sum_exact(const Problem<T>& p, Sums<T>& rows, Sums<T>& c
 // rows, columns, row_stats, column_stats, exact, stash
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class T> Forward forward(const Problem<T>& p, bool keep) {
-    const Tensor stash = empty({keep ? p.M() * p.N() : 0}, kScalarType<T>);
+template <class T> Forward forward(const Problem<T>& p, int64_t keep) {
+    const Tensor stash = empty({std::min(keep, p.M() * p.N())}, kScalarType<T>);
     Sums<T> rows(p.M()), columns(p.N());
-    sum_centred(p, centre(p), keep ? stash.mutable_data_ptr<T>() : nullptr, rows, columns);
+    sum_centred(p, centre(p), {stash.mutable_data_ptr<T>(), stash.numel()}, rows, columns);
     const Tensor exact = empty({}, ScalarType::Bool);
     const bool again = (p.want_rows && rows.underflow()) || (p.want_columns && columns.underflow());
     *exact.mutable_data_ptr<bool>() = again;
@@ -200,7 +215,7 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& grad_columns, const Sums<T>& rows,
-                  const Sums<T>& columns, bool exact, const T* stash, ScalarType x_dtype, ScalarType y_dtype,
+                  const Sums<T>& columns, bool exact, const Stash<const T>& stash, ScalarType x_dtype, ScalarType y_dtype,
                   bool need_x, bool need_y, bool need_scale, bool need_bias) {
     const int64_t M = p.M(), N = p.N(), D = p.D();
     const std::vector<T> g = p.want_rows ? read_vector<T>(grad_rows, M) : std::vector<T>(M, T(0));
@@ -243,7 +258,7 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
             const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
             const View<const T> y = p.y.rows(j0, n, y_copy);
             const View<T> tile{scratch.get(m * (n + kPad)), n + kPad, 1};
-            const T* kept = stash && !exact ? stash + i0 * N + j0 * m : nullptr;
+            const T* kept = exact ? nullptr : stash.tile(i0, m, j0, n, N);
             T* partial = need_bias ? partial_buffer.get(strips(m).count * n) : nullptr;
             strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
                 T* const sums = partial ? partial + strip * n : nullptr;
@@ -329,9 +344,9 @@ bool in_double(const Tensor& x) {
 Forward pair_fwd(const Tensor& x, const Tensor& y, const Tensor& scale, const std::optional<Tensor>& bias,
                  const std::optional<Tensor>& own, std::optional<int64_t> own_offset,
                  const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids, bool rows, bool columns,
-                 bool stash) {
+                 int64_t keep) {
     const auto run = [&]<class T>(T) {
-        return forward(Problem<T>(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns), stash);
+        return forward(Problem<T>(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns), keep);
     };
     return in_double(x) ? run(double()) : run(float());
 }
@@ -345,7 +360,7 @@ Backward pair_bwd(const Tensor& grad_rows, const Tensor& grad_columns, const Ten
     const auto run = [&]<class T>(T) {
         return backward(Problem<T>(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns), grad_rows,
                         grad_columns, Sums<T>(row_stats), Sums<T>(column_stats), *exact.const_data_ptr<bool>(),
-                        stash.numel() ? stash.const_data_ptr<T>() : nullptr, x.scalar_type(), y.scalar_type(), need_x,
+                        Stash<const T>{stash.const_data_ptr<T>(), stash.numel()}, x.scalar_type(), y.scalar_type(), need_x,
                         need_y, need_scale, need_bias);
     };
     return in_double(x) ? run(double()) : run(float());

@@ -11,11 +11,11 @@ from torch import Tensor
 
 # Logits S = scale * x @ y.T (+ bias), x [M, D], y [N, D]; own pair of row i: column own[i], or i + own_offset, or none.
 # `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts; `exact`: whether the shifts differ.
-# `stash`: exp(S - shift), M * N numbers in the kernel's own order, or empty: then the backward makes them again.
+# `stash`: exp(S - shift), the first min(keep, M * N) in the kernel's own order; the backward makes the others again.
 torch.library.define(
     "vlpfast::pair_fwd",
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
-    "bool want_rows, bool want_columns, bool keep) "
+    "bool want_rows, bool want_columns, SymInt keep) "
     "-> (Tensor rows, Tensor columns, Tensor row_stats, Tensor column_stats, Tensor exact, Tensor stash)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -46,7 +46,7 @@ def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, w
         x.new_empty((2, m), **new),
         x.new_empty((2, n), **new),
         x.new_empty((), dtype=torch.bool),
-        x.new_empty(m * n if keep else 0, **new),
+        x.new_empty(torch.sym_min(keep, m * n), **new),
     )
 
 

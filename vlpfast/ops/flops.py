@@ -31,5 +31,5 @@ def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
 @register_flop_formula(torch.ops.vlpfast.pair_bwd)
 def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     stash_shape, need_x, need_y, need_scale = args[11], args[12], args[13], args[14]
-    recomputed = math.prod(stash_shape) == 0
-    return _product(x_shape, y_shape) * (recomputed + (need_x or (need_scale and not need_y)) + need_y)
+    recomputed = 2 * (x_shape[0] * y_shape[0] - math.prod(stash_shape)) * x_shape[1]
+    return recomputed + _product(x_shape, y_shape) * ((need_x or (need_scale and not need_y)) + need_y)

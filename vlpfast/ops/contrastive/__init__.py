@@ -71,8 +71,8 @@ def pair_logsumexp(x, y, scale, *, own=0, leave_out=None, bias=None, directions=
         leave_out: (row_ids [M], column_ids [N]), int64: pairs with equal ids stay out of both sums as well.
         bias: 0-d or [N], added to the logits of every row (its gradient is made).
         directions: "both" -> (rows, cols); "rows" or "cols" -> that one alone.
-        stash_bytes: the forward keeps M * N exponentials for the backward (three matrix products in all) if they take at most so
-            many bytes; else the backward makes them again (four products, memory that does not grow with M * N).
+        stash_bytes: the forward keeps as many of the M * N exponentials for the backward as fit, the backward makes the others again:
+            three matrix products if all fit, four (and no memory that grows with M * N) if none does.
 
     Returns:
         rows [M], cols [N] in float32 (float64 for float64 features); -inf where every pair is left out.
@@ -96,11 +96,11 @@ def _pair_logsumexp(x, y, scale, own, leave_out, bias, directions, stash_bytes):
     else:
         own_index, own_offset = (own, None) if isinstance(own, Tensor) else (None, own)
         row_ids, column_ids = leave_out if leave_out is not None else (None, None)
-        stash_size = x.shape[0] * y.shape[0] * accumulate_dtype(x.dtype).itemsize
         differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, scale, bias))
+        keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if differentiable else 0
         rows, cols, *_ = PairLogsumexp.apply(
             x, y, scale, bias, own_index, own_offset, row_ids, column_ids,
-            directions != "cols", directions != "rows", differentiable and stash_size <= stash_bytes,
+            directions != "cols", directions != "rows", keep,
         )  # fmt: skip
     return {"both": (rows, cols), "rows": rows, "cols": cols}[directions]
 
