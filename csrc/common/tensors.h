@@ -21,10 +21,6 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 namespace vlpfast {
 
 using torch::headeronly::ScalarType;
@@ -34,24 +30,10 @@ using torch::stable::Tensor;
 template <class T>
 constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-// Asks for large pages under a big array that is about to be written for the first time: page faults cost as much as
-// the writing.
-inline void use_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#ifdef __linux__
-    constexpr uintptr_t kPage = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage,
-                    end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-    if (begin < end)
-        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE); // a wish: failing changes nothing
-#endif
-}
-
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
     const std::vector<int64_t> shape(sizes);
-    const Tensor out = torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt,
-                                            torch::stable::Device(torch::headeronly::DeviceType::CPU));
-    use_large_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
-    return out;
+    return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt,
+                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
 // Calls f with a pointer of the C++ type that `dtype` stands for.
@@ -77,7 +59,6 @@ template <class T> class Buffer {
     T* get(int64_t count) {
         if (count > size_) {
             data_.reset(static_cast<T*>(::operator new(count * sizeof(T), kAlignment)));
-            use_large_pages(data_.get(), count * sizeof(T));
             size_ = count;
         }
         return data_.get();
