@@ -215,8 +215,8 @@ using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& grad_columns, const Sums<T>& rows,
-                  const Sums<T>& columns, bool exact, const Stash<const T>& stash, ScalarType x_dtype, ScalarType y_dtype,
-                  bool need_x, bool need_y, bool need_scale, bool need_bias) {
+                  const Sums<T>& columns, bool exact, const Stash<const T>& stash, ScalarType x_dtype,
+                  ScalarType y_dtype, bool need_x, bool need_y, bool need_scale, bool need_bias) {
     const int64_t M = p.M(), N = p.N(), D = p.D();
     const std::vector<T> g = p.want_rows ? read_vector<T>(grad_rows, M) : std::vector<T>(M, T(0));
     const std::vector<T> h = p.want_columns ? read_vector<T>(grad_columns, N) : std::vector<T>(N, T(0));
@@ -360,8 +360,8 @@ Backward pair_bwd(const Tensor& grad_rows, const Tensor& grad_columns, const Ten
     const auto run = [&]<class T>(T) {
         return backward(Problem<T>(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns), grad_rows,
                         grad_columns, Sums<T>(row_stats), Sums<T>(column_stats), *exact.const_data_ptr<bool>(),
-                        Stash<const T>{stash.const_data_ptr<T>(), stash.numel()}, x.scalar_type(), y.scalar_type(), need_x,
-                        need_y, need_scale, need_bias);
+                        Stash<const T>{stash.const_data_ptr<T>(), stash.numel()}, x.scalar_type(), y.scalar_type(),
+                        need_x, need_y, need_scale, need_bias);
     };
     return in_double(x) ? run(double()) : run(float());
 }

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlpfast.ops import _library, backends, contrastive, selfcheck
+from vlpfast.ops import _library, backends, selfcheck
 from vlpfast.ops.contrastive import clip_loss
+from vlpfast.ops.contrastive.autograd import PairLogsumexp
 
 needs_library = pytest.mark.skipif(bool(_library.MISSING), reason="waits for the compiled library vlpfast/_C.so")
 CPU = torch.device("cpu")
@@ -125,18 +126,18 @@ def test_the_selfcheck_passes_here() -> None:
 
 @needs_library
 def test_the_selfcheck_finds_a_wrong_kernel_and_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = contrastive.PairLogsumexp.apply
+    right = PairLogsumexp.apply
 
     def off_by_a_little(*arguments):
         rows, *rest = right(*arguments)
         return rows * 1.001, *rest
 
-    monkeypatch.setattr(contrastive.PairLogsumexp, "apply", off_by_a_little)
+    monkeypatch.setattr(PairLogsumexp, "apply", off_by_a_little)
     assert {check.backend for check in selfcheck.check() if not check.ok} == {"cpp"}
 
     def broken(*arguments):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(contrastive.PairLogsumexp, "apply", broken)
+    monkeypatch.setattr(PairLogsumexp, "apply", broken)
     failed = [check for check in selfcheck.check() if not check.ok]
     assert failed and all(check.detail == "RuntimeError: no such thing" for check in failed)

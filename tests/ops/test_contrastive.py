@@ -13,7 +13,8 @@ from conformance import cone, duplicates, features, long_vectors, pairs, relativ
 from torch import Tensor
 
 from vlpfast.ops import backends
-from vlpfast.ops.contrastive import PairLogsumexp, clip_loss, pair_logsumexp
+from vlpfast.ops.contrastive import clip_loss, pair_logsumexp
+from vlpfast.ops.contrastive.autograd import PairLogsumexp
 
 pytestmark = pytest.mark.skipif(bool(backends.available()["cpp"]), reason="waits for the compiled library vlpfast/_C.so")
 
