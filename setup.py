@@ -1,6 +1,6 @@
 """Builds the native libraries with ninja; everything else about the package is in pyproject.toml.
 
-csrc/*/cpu.cpp   -> vlpfast/_C.so            operators on torch's stable ABI: one file for every torch from 2.10 and every Python
+csrc/*/*.cpp     -> vlpfast/_C.so            operators on torch's stable ABI: one file for every torch from 2.10 and every Python
 csrc/*/*.cu      -> the same library         with VLPFAST_BUILD=cuda
 csrc/host/*.cpp  -> vlpfast/_host.<tag>.so   pybind11 helpers of the data path
 
@@ -73,10 +73,12 @@ def plan() -> list[Extension]:
         raise SystemExit("vlpfast: VLPFAST_BUILD=cuda: csrc holds no .cu file, nothing is there for nvcc; use cpu")
     if mode == "cuda" and find("NVCC", "nvcc") is None:
         raise SystemExit("vlpfast: VLPFAST_BUILD=cuda: nvcc not found (install the CUDA toolkit, or set NVCC)")
+    host = sources("csrc/host/*.cpp")
+    operators = [source for source in sources("csrc/*/*.cpp") if source not in host]
     headers = sources("csrc/*/*.h") + sources("csrc/*/*.cuh")
     return [
-        Extension("vlpfast._C", sources("csrc/*/cpu.cpp") + kernels, depends=headers),
-        Extension("vlpfast._host", sources("csrc/host/*.cpp"), depends=headers),
+        Extension("vlpfast._C", operators + kernels, depends=headers),
+        Extension("vlpfast._host", host, depends=headers),
     ]
 
 

@@ -124,4 +124,44 @@ template <class T> struct Problem {
     }
 };
 
+// Adds the strips' partial sums of columns [strips, n], in the order of the strips.
+template <class T> void add_partial(const T* partial, int64_t count, int64_t n, double* sum) {
+    for (int64_t s = 0; s < count; ++s) {
+        for (int64_t j = 0; j < n; ++j)
+            sum[j] += partial[s * n + j];
+    }
+}
+
+template <class T> double largest_norm(const Matrix<T>& m) {
+    std::vector<double> norm(m.count);
+    parallel_for(0, m.count, 64, [&](int64_t from, int64_t to) {
+        std::vector<T> scratch(m.width);
+        for (int64_t i = from; i < to; ++i) {
+            const T* row = m.row(i, scratch.data());
+            norm[i] = std::sqrt(dot(row, row, m.width));
+        }
+    });
+    double largest = 0;
+    for (const double n : norm)
+        largest = n <= largest ? largest : n; // keeps NaN
+    return largest;
+}
+
+// c = max(0, B - kMaxExponent + ln max(M, N) + 1) where B bounds the logits: no exponential and no sum overflows.
+template <class T> T centre(const Problem<T>& p) {
+    double bound = std::abs(static_cast<double>(p.scale)) * largest_norm(p.x) * largest_norm(p.y);
+    if (!p.bias.empty())
+        bound += *std::max_element(p.bias.begin(), p.bias.end());
+    const double c = bound - kMaxExponent<T> + std::log(static_cast<double>(std::max<int64_t>({p.M(), p.N(), 1}))) + 1;
+    return static_cast<T>(c <= 0 ? 0 : c); // keeps NaN
+}
+
+// out[at ...] = factor * in, in out's dtype
+template <class T> void store(const T* in, int64_t n, double factor, const Tensor& out, int64_t at) {
+    with_floating_pointer(out.mutable_data_ptr(), out.scalar_type(), [&](auto* data) {
+        using Out = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+        scale_row(in, n, factor, const_cast<Out*>(data) + at);
+    });
+}
+
 } // namespace vlpfast::contrastive

@@ -1,6 +1,6 @@
 """Every operator's schema and fake kernel; FLOP formulas are in flops.py.
 
-Kernels register themselves on these names (csrc/*/cpu.cpp, from the library). They are the kernels' interface, without gradients
+Kernels register themselves on these names (csrc/*/*.cpp, from the library). They are the kernels' interface, without gradients
 and without argument checks: call the public functions instead.
 """
 

@@ -1,4 +1,4 @@
-// pair_logsumexp on the CPU. See vlpfast/ops/contrastive/__init__.py for what it computes and vlpfast/ops/_schemas.py
+// pair_logsumexp on the CPU. See vlpfast/ops/contrastive/pair.py for what it computes and vlpfast/ops/_schemas.py
 // for the arguments.
 //
 // The logits S = scale x y^T + bias [M, N] exist one tile at a time, and within a tile one thread makes a strip of
@@ -26,38 +26,6 @@ namespace {
 // near either end of the range leave float's normal numbers; the final factor takes it out again. A power of two: no
 // rounding.
 constexpr double kWeightScale = 0x1p40;
-
-// Adds the strips' partial sums of columns [strips, n], in the order of the strips.
-template <class T> void add_partial(const T* partial, int64_t count, int64_t n, double* sum) {
-    for (int64_t s = 0; s < count; ++s) {
-        for (int64_t j = 0; j < n; ++j)
-            sum[j] += partial[s * n + j];
-    }
-}
-
-template <class T> double largest_norm(const Matrix<T>& m) {
-    std::vector<double> norm(m.count);
-    parallel_for(0, m.count, 64, [&](int64_t from, int64_t to) {
-        std::vector<T> scratch(m.width);
-        for (int64_t i = from; i < to; ++i) {
-            const T* row = m.row(i, scratch.data());
-            norm[i] = std::sqrt(dot(row, row, m.width));
-        }
-    });
-    double largest = 0;
-    for (const double n : norm)
-        largest = n <= largest ? largest : n; // keeps NaN
-    return largest;
-}
-
-// c = max(0, B - kMaxExponent + ln max(M, N) + 1) where B bounds the logits: no exponential and no sum overflows.
-template <class T> T centre(const Problem<T>& p) {
-    double bound = std::abs(static_cast<double>(p.scale)) * largest_norm(p.x) * largest_norm(p.y);
-    if (!p.bias.empty())
-        bound += *std::max_element(p.bias.begin(), p.bias.end());
-    const double c = bound - kMaxExponent<T> + std::log(static_cast<double>(std::max<int64_t>({p.M(), p.N(), 1}))) + 1;
-    return static_cast<T>(c <= 0 ? 0 : c); // keeps NaN
-}
 
 // The exponentials that are kept: tile after tile, each dense and row-major, the first tiles that have room in it.
 template <class T> struct Stash {
@@ -200,14 +168,6 @@ template <class T> Forward forward(const Problem<T>& p, int64_t keep) {
             out[j] = static_cast<T>(columns.logsumexp(j) - own_of_column[j]);
     }
     return {row_out, column_out, rows.stats(), columns.stats(), exact, stash};
-}
-
-// out[at ...] = factor * in, in out's dtype
-template <class T> void store(const T* in, int64_t n, double factor, const Tensor& out, int64_t at) {
-    with_floating_pointer(out.mutable_data_ptr(), out.scalar_type(), [&](auto* data) {
-        using Out = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
-        scale_row(in, n, factor, const_cast<Out*>(data) + at);
-    });
 }
 
 // dx, dy, dscale, dbias: empty where not needed
