@@ -63,6 +63,7 @@ template <class T> class Buffer {
         }
         return data_.get();
     }
+    const T* read() const { return data_.get(); }
 
   private:
     static constexpr std::align_val_t kAlignment{64};

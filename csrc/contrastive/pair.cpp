@@ -15,6 +15,7 @@
 // The partition into tiles and strips depends on the shape alone, and partial sums are added in a fixed order: the
 // number of threads changes no bit of any result.
 
+#include "common/panels.h"
 #include "contrastive/problem.h"
 
 #include <tuple>
@@ -46,6 +47,7 @@ void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& r
         std::fill(rows.shift.begin(), rows.shift.end(), shift);
     if (p.want_columns)
         std::fill(columns.shift.begin(), columns.shift.end(), shift);
+    Panels<T> y_columns;
     Buffer<T> x_copy, y_copy, scratch, partial_buffer;
     T* kept_end = stash.data;
     for (int64_t I = 0; I < p.row_tiles.count; ++I) {
@@ -53,7 +55,7 @@ void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& r
         const View<const T> x = p.x.rows(i0, m, x_copy);
         for (int64_t J = 0; J < p.column_tiles.count; ++J) {
             const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
-            const View<const T> y = p.y.rows(j0, n, y_copy);
+            y_columns.set(p.y.rows(j0, n, y_copy).transposed(), p.D(), n);
             T* const kept = stash.tile(i0, m, j0, n, p.N());
             kept_end = kept ? kept + m * n : kept_end;
             const View<T> tile = kept ? View<T>{kept, n, 1} : View<T>{scratch.get(m * (n + kPad)), n + kPad, 1};
@@ -61,7 +63,7 @@ void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& r
             strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
                 T* const sums = partial + strip * n;
                 std::fill_n(sums, n, T(0));
-                product<T>(tile.from(begin), x.from(begin), y.transposed(), length, n, p.D(), false);
+                y_columns.product(tile.from(begin), x.from(begin), length, false);
                 for (int64_t r = begin; r < begin + length; ++r) {
                     T* e = tile.data + r * tile.row;
                     p.exponentials(e, n, i0 + r, j0, offset);
@@ -89,6 +91,7 @@ template <class T> void sum_exact(const Problem<T>& p, Sums<T>& rows, Sums<T>& c
     if (p.want_columns)
         std::fill(columns.shift.begin(), columns.shift.end(), kNone);
     const auto usable = [](T shift) { return shift == kNone ? T(0) : shift; }; // -inf - (-inf) is no number
+    Panels<T> y_columns;
     Buffer<T> x_copy, y_copy, scratch, partial_buffer;
     std::vector<T> column_shift(p.column_tiles.size);
     for (int64_t I = 0; I < p.row_tiles.count; ++I) {
@@ -96,13 +99,13 @@ template <class T> void sum_exact(const Problem<T>& p, Sums<T>& rows, Sums<T>& c
         const View<const T> x = p.x.rows(i0, m, x_copy);
         for (int64_t J = 0; J < p.column_tiles.count; ++J) {
             const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
-            const View<const T> y = p.y.rows(j0, n, y_copy);
+            y_columns.set(p.y.rows(j0, n, y_copy).transposed(), p.D(), n);
             const View<T> tile{scratch.get(m * (n + kPad)), n + kPad, 1};
             T* partial = partial_buffer.get(strips(m).count * n);
             strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
                 T* const largest = partial + strip * n;
                 std::fill_n(largest, n, kNone);
-                product<T>(tile.from(begin), x.from(begin), y.transposed(), length, n, p.D(), false);
+                y_columns.product(tile.from(begin), x.from(begin), length, false);
                 for (int64_t r = begin; r < begin + length; ++r) {
                     T* s = tile.data + r * tile.row;
                     p.logits(s, n, i0 + r, j0);
@@ -203,6 +206,7 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
     const Tensor dx = empty({need_x ? M : 0, D}, x_dtype), dy = empty({need_y ? N : 0, D}, y_dtype);
     const bool scale_by_y = need_scale && !need_x && need_y, make_gx = need_x || (need_scale && !scale_by_y);
     std::vector<double> row_dot(scale_by_y ? N : M, 0.0), bias_sum(N, 0.0);
+    Panels<T> x_rows, y_rows, y_columns;
     Buffer<T> x_copy, y_copy, scratch, partial_buffer, gx_buffer, gy_buffer;
     T* const gy = !need_y ? nullptr : y_dtype == kScalarType<T> ? dy.mutable_data_ptr<T>() : gy_buffer.get(N * D);
     if (gy)
@@ -214,18 +218,24 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
         T* const gx = make_gx ? gx_buffer.get(m * D) : nullptr;
         if (gx)
             std::fill_n(gx, m * D, T(0));
+        if (gy)
+            x_rows.set(x, m, D);
         for (int64_t J = 0; J < p.column_tiles.count; ++J) {
             const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
             const View<const T> y = p.y.rows(j0, n, y_copy);
             const View<T> tile{scratch.get(m * (n + kPad)), n + kPad, 1};
             const T* kept = exact ? nullptr : stash.tile(i0, m, j0, n, N);
+            if (gx)
+                y_rows.set(y, n, D);
+            if (!kept)
+                y_columns.set(y.transposed(), D, n);
             T* partial = need_bias ? partial_buffer.get(strips(m).count * n) : nullptr;
             strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
                 T* const sums = partial ? partial + strip * n : nullptr;
                 if (sums)
                     std::fill_n(sums, n, T(0));
                 if (!kept)
-                    product<T>(tile.from(begin), x.from(begin), y.transposed(), length, n, D, false);
+                    y_columns.product(tile.from(begin), x.from(begin), length, false);
                 for (int64_t r = begin; r < begin + length; ++r) {
                     T* s = tile.data + r * tile.row;
                     const int64_t i = i0 + r;
@@ -241,14 +251,14 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
                         add_row(s, n, sums);
                 }
                 if (gx)
-                    product<T>({gx + begin * D, D, 1}, tile.from(begin).read(), y, length, D, n, true);
+                    y_rows.product({gx + begin * D, D, 1}, tile.from(begin).read(), length, true);
             });
             if (partial)
                 add_partial(partial, strips(m).count, n, bias_sum.data() + j0);
             if (!gy)
                 continue;
             strips(n).each([&](int64_t, int64_t begin, int64_t length) {
-                product<T>({gy + (j0 + begin) * D, D, 1}, tile.read().transposed().from(begin), x, length, D, m, true);
+                x_rows.product({gy + (j0 + begin) * D, D, 1}, tile.read().transposed().from(begin), length, true);
             });
         }
         if (!gx)
