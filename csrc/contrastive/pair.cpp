@@ -40,6 +40,18 @@ template <class T> struct Stash {
     }
 };
 
+// The limits above which terms are refined, of sums that may get more terms; none for an axis that was not asked for.
+template <class T> T limit_of(double sum, bool wanted) {
+    return wanted ? static_cast<T>(kRefinedShare * sum) : std::numeric_limits<T>::infinity();
+}
+template <class T>
+std::vector<T> limits_of(const Sums<T>& sums, bool wanted, int64_t begin, int64_t n, const T* more = nullptr) {
+    std::vector<T> out(n);
+    for (int64_t j = 0; j < n; ++j)
+        out[j] = limit_of<T>(sums.sum[begin + j] + (more ? more[j] : T(0)), wanted);
+    return out;
+}
+
 template <class T>
 void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& rows, Sums<T>& columns) {
     const std::vector<T> offset = p.bias_minus(shift);
@@ -68,6 +80,15 @@ void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& r
                     T* e = tile.data + r * tile.row;
                     p.exponentials(e, n, i0 + r, j0, offset);
                     rows.sum[i0 + r] += add_row(e, n, sums);
+                }
+                const std::vector<T> limits = limits_of(columns, p.want_columns, j0, n, sums);
+                for (int64_t r = begin; r < begin + length; ++r) {
+                    double& sum = rows.sum[i0 + r];
+                    p.refine(tile.data + r * tile.row, n, i0 + r, j0, shift, limit_of<T>(sum, p.want_rows),
+                             limits.data(), [&](int64_t j, double difference) {
+                                 sum += difference;
+                                 sums[j] += static_cast<T>(difference);
+                             });
                 }
             });
             add_partial(partial, strips(m).count, n, columns.sum.data() + j0);
@@ -200,8 +221,8 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
     std::vector<T> own(p.own_column.size()); // dLoss / dS of the own pairs, in the same unit
     for (size_t i = 0; i < own.size(); ++i)
         own[i] = static_cast<T>(-(static_cast<double>(g[i]) + h[p.own_column[i]]) / unit);
-    const std::vector<T> offset =
-        p.bias_minus(p.want_rows ? (M ? rows.shift[0] : T(0)) : (N ? columns.shift[0] : T(0)));
+    const T shift = p.want_rows ? (M ? rows.shift[0] : T(0)) : (N ? columns.shift[0] : T(0)); // where it is one for all
+    const std::vector<T> offset = p.bias_minus(shift);
 
     const Tensor dx = empty({need_x ? M : 0, D}, x_dtype), dy = empty({need_y ? N : 0, D}, y_dtype);
     const bool scale_by_y = need_scale && !need_x && need_y, make_gx = need_x || (need_scale && !scale_by_y);
@@ -229,6 +250,7 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
                 y_rows.set(y, n, D);
             if (!kept)
                 y_columns.set(y.transposed(), D, n);
+            const std::vector<T> limits = limits_of(columns, p.want_columns, j0, n);
             T* partial = need_bias ? partial_buffer.get(strips(m).count * n) : nullptr;
             strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
                 T* const sums = partial ? partial + strip * n : nullptr;
@@ -243,8 +265,11 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
                         p.logits(s, n, i, j0);
                         weigh_logits(s, n, a[i], rows.shift[i], b.data() + j0, columns.shift.data() + j0);
                     } else {
-                        if (!kept)
+                        if (!kept) {
                             p.exponentials(s, n, i, j0, offset);
+                            p.refine(s, n, i, j0, shift, limit_of<T>(rows.sum[i], p.want_rows), limits.data(),
+                                     [](int64_t, double) {});
+                        }
                         weigh(s, kept ? kept + r * n : s, n, a[i], b.data() + j0);
                     }
                     if (sums)

@@ -24,6 +24,9 @@ inline Parts strips(int64_t n) {
 template <class T> constexpr double kMaxExponent = std::is_same_v<T, double> ? 700.0 : 87.0;
 template <class T> constexpr double kSmallestSum = std::is_same_v<T, double> ? 1e-280 : 1e-25;
 
+// A term that has more than this share of its row's or column's sum is made in double.
+constexpr double kRefinedShare = 1.0 / 16;
+
 // Sums of exp(logit - shift) along one axis.
 template <class T> struct Sums {
     std::vector<double> sum;
@@ -115,6 +118,32 @@ template <class T> struct Problem {
     void logits(T* s, int64_t n, int64_t i, int64_t begin) const {
         affine(s, n, scale, bias.data() + begin);
         leave_out(s, n, i, begin, -std::numeric_limits<T>::infinity());
+    }
+    // Makes those centred exponentials of row i that are above `limit` or `limits[j]` again from a product in double,
+    // and tells changed(j, by how much). A float product is off by some 1e-7, times the scale: that shows where a sum
+    // is one term, and averages out where it is many.
+    template <class F>
+    void refine(T* e, int64_t n, int64_t i, int64_t begin, T shift, T limit, const T* limits, const F& changed) const {
+        if constexpr (std::is_same_v<T, float>) {
+            constexpr int64_t kBlock = 128;
+            std::vector<T> x_copy, y_copy;
+            for (int64_t start = 0; start < n; start += kBlock) {
+                const int64_t end = std::min(n, start + kBlock);
+                if (!any_above(e + start, end - start, limit, limits + start))
+                    continue;
+                x_copy.resize(D());
+                y_copy.resize(D());
+                const T* const x_row = x.row(i, x_copy.data());
+                for (int64_t j = start; j < end; ++j) {
+                    if (!(e[j] > limit || e[j] > limits[j]))
+                        continue;
+                    const double product = dot(x_row, y.row(begin + j, y_copy.data()), D());
+                    const double exact = std::exp(scale * product + bias[begin + j] - static_cast<double>(shift));
+                    changed(j, exact - e[j]);
+                    e[j] = static_cast<T>(exact);
+                }
+            }
+        }
     }
     std::vector<T> bias_minus(T shift) const {
         std::vector<T> out(bias);

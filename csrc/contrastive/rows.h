@@ -87,6 +87,13 @@ template <class T> VLPFAST_CLONES T exp_sum_row(const T* s, int64_t n, T row_shi
     return sum;
 }
 
+template <class T> VLPFAST_CLONES bool any_above(const T* e, int64_t n, T limit, const T* limits) {
+    int above = 0;
+    for (int64_t j = 0; j < n; ++j)
+        above |= (e[j] > limit) | (e[j] > limits[j]);
+    return above;
+}
+
 // p = e * (a + b): the gradient of the logits from their exponentials; p may be e.
 template <class T> VLPFAST_CLONES void weigh(T* p, const T* e, int64_t n, T a, const T* b) {
     for (int64_t j = 0; j < n; ++j)

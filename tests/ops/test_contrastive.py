@@ -156,9 +156,10 @@ def test_the_exact_form_is_taken_when_sums_underflow_and_only_then() -> None:
     assert raw_forward(odd["x"].float(), odd["y"].float(), odd["scale"])[4]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+# in float32 the forward refines a few more terms than the backward, which knows the whole sums
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 0.0), (torch.float32, 1e-6), (torch.bfloat16, 1e-3)])
 @pytest.mark.parametrize("shape", [(3, 3, 2), (130, 257, 33), (2100, 2100, 4)])
-def test_stash_and_recomputation_give_the_same_bits(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_stash_and_recomputation_agree(shape: tuple[int, int, int], dtype: torch.dtype, tolerance: float) -> None:
     m, n, d = shape
     both = features(m, n, d)
     inputs = [both["x"].to(dtype), both["y"].to(dtype), torch.tensor(14.3), torch.linspace(-1, 1, n)]
@@ -171,7 +172,7 @@ def test_stash_and_recomputation_give_the_same_bits(shape: tuple[int, int, int],
     recomputed = value_and_gradients(total(0), *inputs)
     for budget in (4 << 30, m * n * 4 // 2):  # everything, and the tiles that fit
         for kept, again in zip(value_and_gradients(total(budget), *inputs), recomputed, strict=True):
-            assert torch.equal(kept, again)
+            assert relative_error(kept, again) <= tolerance
 
 
 @pytest.mark.parametrize("lift", [0.0, -300.0])
@@ -343,3 +344,22 @@ def test_the_kernel_checks_what_only_it_can_see() -> None:
         torch.ops.vlpfast.pair_fwd(x, y, scale, None, torch.tensor([0, 1, 2, 2]), None, *rest)
     with pytest.raises(RuntimeError, match="differ in width"):
         raw_forward(x, torch.ones(6, 2), scale)
+
+
+@pytest.mark.parametrize("stash_bytes", [0, 4 << 30])
+@pytest.mark.parametrize("n", [2, 3, 127, 1000])
+@pytest.mark.parametrize(("noise", "scale"), [(None, 14.3), (None, 100.0), (1.5, 14.3), (1.5, 50.0), (0.6, 40.0)])
+def test_float32_is_exact_where_single_terms_dominate(n: int, noise: float | None, scale: float, stash_bytes: int) -> None:
+    arguments = features(n, n, 64, noise=noise, seed=n)
+
+    def run(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        x, y = (arguments[name].float().to(dtype).requires_grad_() for name in ("x", "y"))
+        with backends.use(backend):
+            loss = clip_loss(x, y, scale, stash_bytes=stash_bytes)
+        return [loss.detach(), *torch.autograd.grad(loss, (x, y))]
+
+    loss, *gradients = run("cpp", torch.float32)
+    exact_loss, *exact_gradients = run("reference", torch.float64)
+    assert relative_error(loss, exact_loss) <= 1e-6
+    for gradient, exact in zip(gradients, exact_gradients, strict=True):
+        assert relative_error(gradient, exact) <= 1e-5
