@@ -1,28 +1,49 @@
 #!/usr/bin/env bash
-# One visit to a GPU machine: what exists there, the GPU tests, the benchmarks against the peers. Results go to $OUT (default: benchmarks/results/gpu).
-# Needs python3 with torch and triton; builds the C++ operators if a compiler is there. Every step runs even if an earlier one fails.
+# One visit to a GPU machine without a network: build, GPU tests, a sanitizer run, benchmarks against the peers.
+#   OUT=folder      where everything is written (default: benchmarks/results/gpu)
+#   PEERS=folder    wheels of other packages to compare with (memeff, inf-cl); installed beside, never into the environment
+# Needs python3 with torch and triton; builds the C++ operators if a compiler is there. Every step runs even if an earlier one
+# fails, each within its own limit: all of it ends within 9 minutes. The summary stands last and in $OUT/summary.txt.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results/gpu}
 mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+: >"$OUT/summary.txt"
 status=0
-step() {
-    local name=$1
-    shift
+say() { echo "$@" | tee -a "$OUT/summary.txt"; }
+step() { # NAME LIMIT COMMAND...
+    local name=$1 limit=$2
+    shift 2
     echo "== $name"
     local start=$SECONDS
-    if "$@" >"$OUT/$name.log" 2>&1; then
-        echo "   ok, $((SECONDS - start)) s"
+    if timeout "$limit" "$@" >"$OUT/$name.log" 2>&1; then
+        say "$name: ok, $((SECONDS - start)) s"
     else
+        local code=$?
         status=1
-        echo "   FAILED, $((SECONDS - start)) s; the end of its log:"
+        say "$name: FAILED (exit $code, 124 is the limit of $limit s), $((SECONDS - start)) s; see $name.log"
         tail -n 20 "$OUT/$name.log"
     fi
 }
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 nvidia-smi >"$OUT/nvidia-smi.log" 2>&1 || { echo "no NVIDIA GPU on this machine"; exit 1; }
-ls vlpfast/_C.so >/dev/null 2>&1 || step build python3 setup.py build_ext --inplace
-step doctor python3 -m vlpfast.cli.doctor
-step tests python3 -m pytest -q -m gpu tests
-step contrastive python3 benchmarks/contrastive.py --device cuda --json "$OUT/contrastive-cuda.json"
+say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader), commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
+if [ -n "${PEERS:-}" ]; then
+    step peers 60 python3 -m pip install --quiet --no-index --no-deps --target "$OUT/peers" "$PEERS"/*.whl
+    export PYTHONPATH="$PYTHONPATH:$OUT/peers"
+fi
+[ -e vlpfast/_C.so ] || step build 90 python3 setup.py build_ext --inplace
+step doctor 60 python3 -m vlpfast.cli.doctor
+step tests 150 python3 -m pytest -q -m gpu tests
+if command -v compute-sanitizer >/dev/null; then
+    step sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -q -m gpu tests/ops -k "17x17x8 or offset"
+else
+    say "sanitizer: not run, compute-sanitizer is not on this machine"
+fi
+step contrastive 150 python3 benchmarks/contrastive.py --device cuda --json "$OUT/contrastive-cuda.json"
+rm -rf "$OUT/peers"
+tail -n +3 "$OUT/contrastive.log" >>"$OUT/summary.txt"
+echo
+cat "$OUT/summary.txt"
 exit $status
