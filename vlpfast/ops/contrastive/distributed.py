@@ -96,7 +96,8 @@ def _whole_columns(cols: Tensor, own: Tensor, shards: _Shards) -> Tensor:
     """
     parts = shards.to_owners(cols)  # [world, n]
     elsewhere = torch.arange(len(parts), device=parts.device) != shards.rank
-    return torch.where(elsewhere[:, None], parts - own, parts).logsumexp(0)
+    parts = torch.where(elsewhere[:, None], parts - own, parts)
+    return parts.clamp_min(torch.finfo(parts.dtype).min / 2).logsumexp(0)  # finite: of -inf alone its gradient is NaN
 
 
 # --- who has which rows -----------------------------------------------------------------------------------------------
