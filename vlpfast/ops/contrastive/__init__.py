@@ -6,5 +6,6 @@ added beside them, so that a loss near zero keeps its full relative precision (s
 
 from vlpfast.ops.contrastive.losses import clip_loss
 from vlpfast.ops.contrastive.pair import KERNELS, pair_logsumexp
+from vlpfast.ops.contrastive.softplus import pair_softplus, sigmoid_loss
 
-__all__ = ["KERNELS", "clip_loss", "pair_logsumexp"]
+__all__ = ["KERNELS", "clip_loss", "pair_logsumexp", "pair_softplus", "sigmoid_loss"]
