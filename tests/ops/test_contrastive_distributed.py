@@ -1,7 +1,7 @@
 """Sharded losses over gloo: N processes against one process with the whole batch.
 
-Every check below runs on all ranks of a world, in the order of CHECKS. Its collectives come first, its assertions last: a
-wrong number must not leave the other ranks waiting.
+Every check below runs on all ranks of a world, in the order of CHECKS. Between its collectives it asserts only what fails on
+all ranks or on none, for one that left early would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlpfast.ops import backends
-from vlpfast.ops.contrastive import clip_loss, pair_logsumexp
-from vlpfast.ops.contrastive.distributed import sharded_clip_loss
+from vlpfast.ops.contrastive import clip_loss, distributed, pair_logsumexp, sharded_clip_loss, sharded_sigmoid_loss, sigmoid_loss
 from vlpfast.ops.flops import FlopCounterMode
 
 pytestmark = pytest.mark.skipif(bool(backends.available()["cpp"]), reason="waits for the compiled library vlpfast/_C.so")
@@ -52,9 +52,7 @@ SIZES = (equal, unequal, one_without)
 
 def convert(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        name: (v.to(dtype if name in ("x", "y") else wide) if isinstance(v, Tensor) else v) for name, v in arguments.items()
-    }
+    return {name: (v.to(dtype if name in ("x", "y") else wide) if isinstance(v, Tensor) else v) for name, v in arguments.items()}
 
 
 def leaves_of(arguments: Arguments) -> dict[str, Tensor]:
@@ -106,6 +104,9 @@ def masked_clip_loss(x: Tensor, y: Tensor, scale: Tensor, leave_out: tuple[Tenso
     return (F.softplus(rows, threshold=40).mean() + F.softplus(cols, threshold=40).mean()) / 2
 
 
+sigmoid, sharded_sigmoid = partial(sigmoid_loss, bias=None), partial(sharded_sigmoid_loss, bias=None)
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 CHECKS: dict[str, Callable[[int, int], None]] = {}
@@ -136,6 +137,22 @@ def clip_loss_of_the_whole_batch(rank: int, world: int) -> None:
 
 
 @check
+def sigmoid_loss_of_the_whole_batch(rank: int, world: int) -> None:
+    found, expected = [], []
+    for dtype in TOLERANCES:
+        for sizes in SIZES:
+            n = sum(sizes(world))
+            for options in ({}, {"gather": "x"}, {"sizes": sizes(world)}, {"leave_out": ids(n, n, 4)}):
+                arguments = convert(pairs(n, n, WIDTH, scale=10.0, bias=torch.tensor(-3.0)), dtype)
+                found.append((dtype, by_all(sharded_sigmoid_loss, arguments, sizes(world), rank, **options)))
+                with backends.use("reference"):
+                    out = options.get("leave_out")
+                    expected.append(by_one(sigmoid_loss, convert(arguments, torch.float64), leave_out=out))
+    for (dtype, f), e in zip(found, expected, strict=True):
+        assert_near(f, e, TOLERANCES[dtype])
+
+
+@check
 def pairs_left_out(rank: int, world: int) -> None:
     found, expected = [], []
     for groups in (1, 4):  # everything left out, some
@@ -152,8 +169,9 @@ def pairs_left_out(rank: int, world: int) -> None:
 @check
 def no_rows_at_all(rank: int, world: int) -> None:
     arguments = convert(pairs(0, 0, WIDTH), torch.float32)
-    found = by_all(sharded_clip_loss, arguments, [0] * world, rank)
-    assert found["loss"] == 0 and found["scale"] == 0 and found["x"].shape == (0, WIDTH)
+    for loss in (sharded_clip_loss, sharded_sigmoid):
+        found = by_all(loss, arguments, [0] * world, rank)
+        assert found["loss"] == 0 and found["scale"] == 0 and found["x"].shape == (0, WIDTH)
 
 
 @check
@@ -252,23 +270,28 @@ def what_travels_and_what_is_computed(rank: int, world: int) -> None:
         runs.append((traffic.seen[:forward], there, traffic.seen[forward:], back, counter.get_total_flops(), products))
     with Traffic() as traffic, torch.autocast("cpu", torch.bfloat16):
         sharded_clip_loss(x, y, 14.3)
+    with FlopCounterMode(display=False) as counter, Traffic() as of_sigmoid:
+        sharded_sigmoid_loss(x.requires_grad_(), y.requires_grad_(), 10.0, None, sizes=[n] * world).backward()
     for seen, there, seen_back, back, flops, products in runs:
         assert seen == there and seen_back == back
         assert flops == products * 2 * n * whole * WIDTH
     assert traffic.seen == [("allgather_base", 32), ("allgather_base", n * WIDTH * 2), ("alltoall_base", whole * 4)]
+    assert of_sigmoid.seen == [("allgather_base", n * WIDTH * 4), ("reduce_scatter_base", whole * WIDTH * 4)]
+    assert counter.get_total_flops() == 3 * 2 * n * whole * WIDTH
 
 
 @check
 def autocast(rank: int, world: int) -> None:
     sizes = unequal(world)
     arguments = convert(pairs(sum(sizes), sum(sizes), WIDTH), torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = by_all(sharded_clip_loss, arguments, sizes, rank)
-        expected = by_one(clip_loss, arguments)
-        doubles = by_all(sharded_clip_loss, convert(arguments, torch.float64), sizes, rank)
-    assert_near(found, expected, TOLERANCES[torch.bfloat16])
-    assert_near({"loss": found["loss"]}, {"loss": expected["loss"]}, 1e-6)
-    assert_near(doubles, by_one(clip_loss, convert(arguments, torch.float64)), 1e-10)
+    for sharded, alone in ((sharded_clip_loss, clip_loss), (sharded_sigmoid, sigmoid)):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = by_all(sharded, arguments, sizes, rank)
+            expected = by_one(alone, arguments)
+            doubles = by_all(sharded, convert(arguments, torch.float64), sizes, rank)
+        assert_near(found, expected, TOLERANCES[torch.bfloat16])
+        assert_near({"loss": found["loss"]}, {"loss": expected["loss"]}, 1e-6)
+        assert_near(doubles, by_one(alone, convert(arguments, torch.float64)), 1e-10)
 
 
 @check
@@ -276,10 +299,11 @@ def two_dtypes(rank: int, world: int) -> None:
     sizes = unequal(world)
     arguments = convert(pairs(sum(sizes), sum(sizes), WIDTH), torch.float32)
     for side in ("x", "y"):
-        mixed = arguments | {side: arguments[side].bfloat16()}
-        found, expected = by_all(sharded_clip_loss, mixed, sizes, rank), by_one(clip_loss, mixed)
-        assert_near(found, expected, TOLERANCES[torch.bfloat16])
-        assert_near({"loss": found["loss"]}, {"loss": expected["loss"]}, 1e-6)
+        for sharded, alone in ((sharded_clip_loss, clip_loss), (sharded_sigmoid, sigmoid)):
+            mixed = arguments | {side: arguments[side].bfloat16()}
+            found, expected = by_all(sharded, mixed, sizes, rank), by_one(alone, mixed)
+            assert_near(found, expected, TOLERANCES[torch.bfloat16])
+            assert_near({"loss": found["loss"]}, {"loss": expected["loss"]}, 1e-6)
 
 
 @check
@@ -320,9 +344,10 @@ def second_derivatives_by_the_reference(rank: int, world: int) -> None:
         return function
 
     with backends.use("reference"):
-        found = by_all(slope(sharded_clip_loss), arguments, sizes, rank)
-        expected = by_one(slope(lambda *a: clip_loss(*a) * world), arguments)  # the sum of all ranks' losses
-    assert_near(found, {name: t / world for name, t in expected.items()}, 1e-10)
+        for sharded, alone in ((sharded_clip_loss, clip_loss), (sharded_sigmoid, sigmoid)):
+            found = by_all(slope(sharded), arguments, sizes, rank)
+            expected = by_one(slope(lambda *a, alone=alone: alone(*a) * world), arguments)  # the sum of all ranks' losses
+            assert_near(found, {name: t / world for name, t in expected.items()}, 1e-10)
 
 
 @check
@@ -358,23 +383,24 @@ def a_group_of_some_ranks(rank: int, world: int) -> None:
 def a_group_of_one(rank: int, world: int) -> None:
     groups = [dist.new_group([r]) for r in range(world)]
     arguments = convert(pairs(9, 9, WIDTH), torch.bfloat16)
-    with Traffic() as traffic:
-        found = by_one(sharded_clip_loss, arguments, group=groups[rank])
-    expected = by_one(clip_loss, arguments)
-    assert not traffic.seen and all(torch.equal(found[name], expected[name]) for name in expected)
+    for sharded, alone in ((sharded_clip_loss, clip_loss), (sharded_sigmoid, sigmoid)):
+        with Traffic() as traffic:
+            found = by_one(sharded, arguments, group=groups[rank])
+        expected = by_one(alone, arguments)
+        assert not traffic.seen and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @check
 def disagreement_is_named_on_all_ranks(rank: int, world: int) -> None:
     odd = rank == world - 1
     x = torch.ones(3, 5 if odd else 4)
-    with pytest.raises(ValueError, match="y: expected one width on all ranks, got, by rank, 4, .*5"):
+    with pytest.raises(ValueError, match=r"y: expected one width on all ranks, got, by rank, 4, .*5"):
         sharded_clip_loss(x, x, 1.0)
     x = torch.ones(3, 4, dtype=torch.bfloat16 if odd else torch.float32)
-    with pytest.raises(ValueError, match="y: expected one dtype on all ranks, got, by rank, torch.float32, .*torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"y: expected one dtype on all ranks, got, by rank, torch.float32, .*torch.bfloat16"):
         sharded_clip_loss(x, x, 1.0)
     x, out = torch.ones(3, 4), torch.arange(3)
-    with pytest.raises(ValueError, match="leave_out: expected ids or none on all ranks, got, by rank, False, .*True"):
+    with pytest.raises(ValueError, match=r"leave_out: expected ids or none on all ranks, got, by rank, False, .*True"):
         sharded_clip_loss(x, x, 1.0, leave_out=(out, out) if odd else None)
     for sizes in ([3] * (world + 1), [4] * world, [3] * (world - 1) + [-1], [3.0] * world):
         with pytest.raises(ValueError, match=rf"sizes: expected {world} ints >= 0, 3 \(the rows here\) at rank {rank}, got"):
@@ -384,15 +410,17 @@ def disagreement_is_named_on_all_ranks(rank: int, world: int) -> None:
 # --- running them -----------------------------------------------------------------------------------------------------
 
 
-def rank_main(rank: int, world: int, folder: Path) -> None:
+def rank_main(rank: int, world: int, folder: Path, backend: str, checks: Sequence[str]) -> None:
     torch.set_num_threads(1)
     report = folder / f"rank{rank}"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=20)
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=20)
     )
-    for name, function in CHECKS.items():
+    for name in checks:
         try:
-            function(rank, world)
+            globals()[name](rank, world)
         except Exception:
             with report.open("a") as file:
                 file.write(f"{name}, rank {rank} of {world}: {traceback.format_exc()}\n")
@@ -402,27 +430,58 @@ def rank_main(rank: int, world: int, folder: Path) -> None:
         file.write("done")
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_ranks_equal_one_process(world: int, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")  # a clean process that has imported torch already
+def run(world: int, folder: Path, backend: str, checks: Sequence[str]) -> None:
+    context = multiprocessing.get_context("forkserver")  # forks a clean process that has imported torch already
     context.set_forkserver_preload(["torch", "torch.distributed", "vlpfast.ops.flops", "vlpfast.ops.contrastive"])
-    processes = [context.Process(target=rank_main, args=(rank, world, tmp_path)) for rank in range(world)]
+    processes = [context.Process(target=rank_main, args=(rank, world, folder, backend, checks)) for rank in range(world)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(90)
         process.kill()
-    reports = [tmp_path / f"rank{rank}" for rank in range(world)]
+    reports = [folder / f"rank{rank}" for rank in range(world)]
     texts = [report.read_text() if report.exists() else "ended without a report" for report in reports]
     if texts != ["done"] * world:
         pytest.fail("\n".join(texts), pytrace=False)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_equal_one_process(world: int, tmp_path: Path) -> None:
+    run(world, tmp_path, "gloo", list(CHECKS))
+
+
+@pytest.mark.gpu
+def test_over_nccl(tmp_path: Path) -> None:
+    run(min(4, torch.cuda.device_count()), tmp_path, "nccl", ["on_gpus"])
+
+
+def on_gpus(rank: int, world: int) -> None:
+    """All collectives, also where there is one GPU, and both losses where there are more."""
+    shards = distributed._Shards(None, rank, tuple(unequal(world)), torch.float32)
+    rows = torch.arange(7.0 * WIDTH, device="cuda").view(7, WIDTH)[: unequal(world)[rank]] + 100 * rank
+    everything = distributed._gather(rows, shards)
+    assert everything.shape == (sum(unequal(world)), WIDTH) and torch.equal(part(everything, unequal(world), rank), rows)
+    assert torch.equal(distributed._reduce(everything, shards), rows * world)
+    columns = everything[:, 0].contiguous()
+    assert torch.equal(distributed._to_owners(columns, shards), rows[:, 0].expand(world, -1))
+    assert torch.equal(distributed._from_owners(distributed._to_owners(columns, shards), shards), columns)
+    for sizes, given in ((equal(world), None), (unequal(world), unequal(world))):
+        whole = convert(pairs(sum(sizes), sum(sizes), WIDTH), torch.float32)
+        for sharded, alone in ((sharded_clip_loss, clip_loss), (sharded_sigmoid, sigmoid)):
+            mine = {name: part(whole[name], sizes, rank).cuda() for name in ("x", "y")} | {"scale": whole["scale"].cuda()}
+            found = by_one(sharded, mine, sizes=given)
+            expected = by_one(alone, whole)
+            dist.all_reduce(found["loss"])
+            dist.all_reduce(found["scale"])
+            expected |= {name: part(expected[name], sizes, rank) for name in ("x", "y")}
+            assert_near({name: t.cpu() / world for name, t in found.items()}, expected, 1e-5)
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", [name for name, make in PAIR_CASES.items() if make().keys() == {"x", "y", "scale"}])
-def test_without_a_process_group_it_is_clip_loss(case: str) -> None:
+def test_without_a_process_group_they_are_the_losses_of_one_process(case: str) -> None:
     arguments = PAIR_CASES[case]()
     if len(arguments["x"]) != len(arguments["y"]):
         with pytest.raises(ValueError, match="y: expected as many rows as x"):
@@ -430,8 +489,9 @@ def test_without_a_process_group_it_is_clip_loss(case: str) -> None:
         return
     for dtype in TOLERANCES:
         both = convert(arguments, dtype)
-        found, expected = by_one(sharded_clip_loss, both), by_one(clip_loss, both)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        for sharded, alone in ((sharded_clip_loss, clip_loss), (sharded_sigmoid, sigmoid)):
+            found, expected = by_one(sharded, both), by_one(alone, both)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_func_grad() -> None:
@@ -452,6 +512,11 @@ WRONG: dict[str, tuple[type[Exception], Arguments]] = {
     r"sizes: expected 1 ints >= 0, 4 \(the rows here\) at rank 0, got \[3\]": (ValueError, {"sizes": [3]}),
     "stash_bytes: expected >= 0, got -1": (ValueError, {"stash_bytes": -1}),
 }
+
+
+def test_the_bias_has_no_columns() -> None:
+    with pytest.raises(ValueError, match="bias: expected a 0-d tensor, got 1 dimensions and 4 elements"):
+        sharded_sigmoid_loss(torch.ones(4, 3), torch.ones(4, 3), 1.0, torch.ones(4))
 
 
 @pytest.mark.parametrize("message", WRONG)

@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlpfast.ops._schemas import accumulate_dtype
-from vlpfast.ops.contrastive._checks import DTYPES, check_features, check_leave_out, check_scale
+from vlpfast.ops.contrastive._checks import DTYPES, check_features, check_leave_out, check_scale, check_tensor
 from vlpfast.ops.contrastive.pair import STASH_BYTES, pair_logsumexp
+from vlpfast.ops.contrastive.softplus import pair_softplus
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new and the old name
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -82,6 +83,31 @@ def sharded_clip_loss(
         cols = _whole_columns(cols, own, shards)
     losses = F.softplus(rows, threshold=40).sum() + F.softplus(cols, threshold=40).sum()  # the threshold: see clip_loss
     return losses / (2 * max(1, shards.total) / len(shards.sizes))
+
+
+def sharded_sigmoid_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    gather: Literal["x", "y"] = "y",
+    leave_out: tuple[Tensor, Tensor] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """This rank's share of `sigmoid_loss` of the batch that all ranks hold together; the mean over ranks is that loss.
+
+    bias is 0-d or None. For all other arguments, dtypes and errors see `sharded_clip_loss`; three products of n x N x D, made in
+    the forward. A feature that is not finite shows in this rank's loss alone if it is one of the side that stays home, and in
+    everyone's gradients once they are averaged.
+    """
+    x, y, leave_out, shards = _home_and_travelling(x, y, gather, leave_out, group, sizes)
+    if bias is not None:
+        check_tensor("bias", bias, x.device, DTYPES, None)
+    every_y, every_id = shards.gather(_wide(y)), shards.gather_ids(leave_out)
+    total = pair_softplus(x, every_y, scale, own=shards.offset, leave_out=every_id, bias=bias)
+    return total / (max(1, shards.total) / len(shards.sizes))
 
 
 def _wide(features: Tensor) -> Tensor:
