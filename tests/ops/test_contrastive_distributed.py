@@ -391,6 +391,18 @@ def a_group_of_one(rank: int, world: int) -> None:
 
 
 @check
+def compilation_without_a_break(rank: int, world: int) -> None:
+    if world > 2:
+        return
+    sizes = unequal(world)
+    arguments = convert(pairs(sum(sizes), sum(sizes), WIDTH), torch.float32)
+    for sharded in (sharded_clip_loss, sharded_sigmoid):
+        expected = by_all(sharded, arguments, sizes, rank, sizes=sizes)
+        compiled = torch.compile(sharded, fullgraph=True, backend="aot_eager")
+        assert_near(by_all(compiled, arguments, sizes, rank, sizes=sizes), expected, 1e-7)
+
+
+@check
 def disagreement_is_named_on_all_ranks(rank: int, world: int) -> None:
     odd = rank == world - 1
     x = torch.ones(3, 5 if odd else 4)

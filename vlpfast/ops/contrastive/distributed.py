@@ -35,8 +35,9 @@ from vlpfast.ops.contrastive._checks import DTYPES, check_features, check_leave_
 from vlpfast.ops.contrastive.pair import STASH_BYTES, pair_logsumexp
 from vlpfast.ops.contrastive.softplus import pair_softplus
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the new and the old name
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# the new and the old name, neither in a torch that was built without torch.distributed
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 def sharded_clip_loss(
@@ -63,7 +64,8 @@ def sharded_clip_loss(
         leave_out: (row_ids [n], column_ids [n]), int64, of this rank's rows of x and of y: pairs of the whole batch with equal
             ids stay out of the sums (own pairs do not).
         sizes: n of every rank. None: on the host the ranks tell each other (and check that width and dtype agree); on other
-            devices, where reading them would wait for the device, all ranks promise to have the same n.
+            devices, where reading them would wait for the device, all ranks promise to have the same n. On the host
+            `torch.compile(fullgraph=True)` needs them given.
         stash_bytes: as in `pair_logsumexp`, for this rank's n * N exponentials: three products of n x N x D, four without.
 
     Returns:
