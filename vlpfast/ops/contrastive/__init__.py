@@ -4,7 +4,17 @@ The rule behind every function here: the target pair never enters the sums over 
 added beside them, so that a loss near zero keeps its full relative precision (subtracting it afterwards does not).
 """
 
+from vlpfast.ops.contrastive.distributed import sharded_clip_loss, sharded_sigmoid_loss
 from vlpfast.ops.contrastive.losses import clip_loss
 from vlpfast.ops.contrastive.pair import KERNELS, pair_logsumexp
+from vlpfast.ops.contrastive.softplus import pair_softplus, sigmoid_loss
 
-__all__ = ["KERNELS", "clip_loss", "pair_logsumexp"]
+__all__ = [
+    "KERNELS",
+    "clip_loss",
+    "pair_logsumexp",
+    "pair_softplus",
+    "sharded_clip_loss",
+    "sharded_sigmoid_loss",
+    "sigmoid_loss",
+]

@@ -100,3 +100,11 @@ def check_columns(own: Tensor, n: int, *, unique: bool) -> None:
         raise ValueError(f"own: expected columns in [0, {n}), got {low} to {high}")
     if unique and own.unique().numel() != own.numel():
         raise ValueError("own: expected every column at most once (it may repeat only with directions='rows'), got repeated ones")
+
+
+def check_negative_weight(negative_weight: Any) -> float:
+    if isinstance(negative_weight, bool) or not isinstance(negative_weight, float | int):
+        raise TypeError(f"negative_weight: expected a float or None, got {type(negative_weight).__name__}")
+    if not (math.isfinite(negative_weight) and negative_weight >= 0):
+        raise ValueError(f"negative_weight: expected a finite number >= 0, got {negative_weight}")
+    return float(negative_weight)
