@@ -4,7 +4,25 @@ The rule behind every function here: the target pair never enters the sums over 
 added beside them, so that a loss near zero keeps its full relative precision (subtracting it afterwards does not).
 """
 
-from vlpfast.ops.contrastive.losses import clip_loss
+from vlpfast.ops.contrastive.losses import clip_loss, debiased_contrastive_loss, lit_loss, matryoshka_loss, nt_xent_loss
 from vlpfast.ops.contrastive.pair import KERNELS, pair_logsumexp
+from vlpfast.ops.contrastive.supervised import (
+    group_contrastive_loss,
+    local_global_loss,
+    supcon_loss,
+    supervised_contrastive_loss,
+)
 
-__all__ = ["KERNELS", "clip_loss", "pair_logsumexp"]
+__all__ = [
+    "KERNELS",
+    "clip_loss",
+    "debiased_contrastive_loss",
+    "group_contrastive_loss",
+    "lit_loss",
+    "local_global_loss",
+    "matryoshka_loss",
+    "nt_xent_loss",
+    "pair_logsumexp",
+    "supcon_loss",
+    "supervised_contrastive_loss",
+]
