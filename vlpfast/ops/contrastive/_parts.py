@@ -57,7 +57,7 @@ class ListedDots(torch.autograd.Function):
 
 def listed_dots(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     """See `ListedDots`."""
-    return ListedDots.apply(x, y, index)
+    return ListedDots.apply(x, y.view_as(y) if y is x else y, index)  # Dynamo refuses a Function that is given one tensor twice
 
 
 def columns_of_equal_id(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

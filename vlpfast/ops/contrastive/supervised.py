@@ -152,13 +152,17 @@ class _Listing:
 def _loss_beside(x: Tensor, y: Tensor, scale: Tensor, negatives: Tensor, listing: _Listing, count: int) -> Tensor:
     """log(exp(negatives) + sum over positives of exp(S)) - mean over positives of S: [M]. Any number where there is none."""
     columns, valid = listing.columns(count)
+    dots = listed_dots(x, y, columns)  # [M, K]
     if not columns.shape[1]:
-        return torch.zeros_like(negatives)
-    logits = scale * listed_dots(x, y, columns)  # [M, K]
-    none = (listing.positives == 0)[:, None]
-    logsumexp = torch.where(valid | none, logits, -torch.inf).logsumexp(1)
-    spread = logsumexp - torch.where(valid, logits, 0).sum(1) / listing.positives.clamp(min=1)  # one positive: 0
-    return softplus(negatives - logsumexp) + spread
+        return scale * dots.sum(1)  # zeros, with gradients
+    kept = valid | (listing.positives == 0)[:, None]
+    positives = torch.where(kept, scale * dots, -torch.inf).logsumexp(1)
+    # An alias, so that the two gradients through it meet before that of `positives` is added: of a single positive they cancel,
+    # and what is left may be 1e-31 of them.
+    alias = dots.view_as(dots)
+    average = torch.where(valid, alias, 0).sum(1, keepdim=True) / listing.positives.clamp(min=1)[:, None]
+    spread = torch.where(kept, scale * (alias - average), -torch.inf).logsumexp(1)
+    return softplus(negatives - positives) + spread
 
 
 def _by_direction(weights: tuple[float, float], x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> tuple[Any, Any]:
@@ -252,7 +256,7 @@ def _apart(x: Tensor, y: Tensor, scale: Tensor, related: Tensor, group: Tensor) 
         longest = [torch.linalg.vector_norm(t, dim=1, dtype=wide).amax() if t.shape[0] else scale.new_zeros(()) for t in (x, y)]
         depth = 2 * longest[0] * longest[1] + (120 if wide == torch.float32 else 800) / scale
         fall = depth.clamp(max=1e6).sqrt()  # one half on either side
-        others = torch.nn.functional.one_hot(group, related.shape[1]).to(wide)
+        others = (group[:, None] == torch.arange(related.shape[1], device=group.device)).to(wide)  # [M, G] one-hot
     return torch.cat([x, (-fall * related).to(x.dtype)], 1), torch.cat([y, (fall * others).to(y.dtype)], 1)
 
 
