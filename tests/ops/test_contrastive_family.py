@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlpfast.ops import backends
 from vlpfast.ops.contrastive import (
+    _parts,
     clip_loss,
     debiased_contrastive_loss,
     group_contrastive_loss,
@@ -24,9 +25,9 @@ from vlpfast.ops.contrastive import (
     nt_xent_loss,
     pair_logsumexp,
     supcon_loss,
+    supervised,
     supervised_contrastive_loss,
 )
-from vlpfast.ops.contrastive import _parts, supervised
 
 pytestmark = pytest.mark.skipif(bool(backends.available()["cpp"]), reason="waits for the compiled library vlpfast/_C.so")
 
@@ -289,7 +290,12 @@ CASES: dict[str, Case] = {
     "clip, queue of rows": clip_case((1, 1), row_negatives=QUEUES["row_negatives"], label_smoothing=0.1),
     "clip, queue of cols": clip_case("cols", col_negatives=QUEUES["col_negatives"]),
     "clip, queues, all options": clip_case(
-        label_smoothing=0.3, bias=torch.linspace(-1, 2, 31).double(), row_weights=SOME, col_weights=SOME.flip(0), **QUEUES, **ALL_IDS
+        label_smoothing=0.3,
+        bias=torch.linspace(-1, 2, 31).double(),
+        row_weights=SOME,
+        col_weights=SOME.flip(0),
+        **QUEUES,
+        **ALL_IDS,
     ),
     "clip, queues wholly left out": clip_case(
         **QUEUES, leave_out=(torch.zeros(28).long(), torch.cat([torch.ones(22), torch.zeros(9)]).long())
