@@ -41,4 +41,25 @@ inline double exponential(double t) {
     return std::exp(t);
 }
 
+// log(1 + e) for 0 <= e <= 1, vectorisable, error below 2.5 ulp however small e is. NaN stays NaN.
+// It is e (1 + e q(e)), with q of degree 8 fitted for the least relative error of the whole: 5.1e-9, a twelfth of the
+// rounding of one operation. e q lies in [ln 2 - 1, 0], so that the bracket, at least ln 2, has its own rounding and at
+// most 0.45 of q's relative error; the last product adds one rounding more. For tiny e the bracket is 1, the result e.
+VLPFAST_INLINE float log1p_unit(float e) {
+    float q = -3.318468533e-3f;
+    q = q * e + 2.020456797e-2f;
+    q = q * e - 5.766441459e-2f;
+    q = q * e + 1.068055275e-1f;
+    q = q * e - 1.535539483e-1f;
+    q = q * e + 1.969540010e-1f;
+    q = q * e - 2.495858735e-1f;
+    q = q * e + 3.333051132e-1f;
+    q = q * e - 4.999993276e-1f;
+    return e * (q * e + 1.0f);
+}
+
+inline double log1p_unit(double e) {
+    return std::log1p(e);
+}
+
 } // namespace vlpfast

@@ -33,3 +33,9 @@ def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=No
     stash_shape, need_x, need_y, need_scale = args[11], args[12], args[13], args[14]
     recomputed = 2 * (x_shape[0] * y_shape[0] - math.prod(stash_shape)) * x_shape[1]
     return recomputed + _product(x_shape, y_shape) * ((need_x or (need_scale and not need_y)) + need_y)
+
+
+@register_flop_formula(torch.ops.vlpfast.pair_softplus)
+def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    need_x, need_y, need_scale = args[7:10]
+    return _product(x_shape, y_shape) * (1 + (need_x or (need_scale and not need_y)) + need_y)

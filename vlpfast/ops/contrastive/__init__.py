@@ -6,6 +6,7 @@ added beside them, so that a loss near zero keeps its full relative precision (s
 
 from vlpfast.ops.contrastive.losses import clip_loss, debiased_contrastive_loss, lit_loss, matryoshka_loss, nt_xent_loss
 from vlpfast.ops.contrastive.pair import KERNELS, pair_logsumexp
+from vlpfast.ops.contrastive.softplus import pair_softplus, sigmoid_loss
 from vlpfast.ops.contrastive.supervised import (
     group_contrastive_loss,
     local_global_loss,
@@ -23,6 +24,8 @@ __all__ = [
     "matryoshka_loss",
     "nt_xent_loss",
     "pair_logsumexp",
+    "pair_softplus",
+    "sigmoid_loss",
     "supcon_loss",
     "supervised_contrastive_loss",
 ]

@@ -189,3 +189,11 @@ def check_unused(directions: tuple[float, float], **arguments: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def check_negative_weight(negative_weight: Any) -> float:
+    if isinstance(negative_weight, bool) or not isinstance(negative_weight, float | int):
+        raise TypeError(f"negative_weight: expected a float or None, got {type(negative_weight).__name__}")
+    if not (math.isfinite(negative_weight) and negative_weight >= 0):
+        raise ValueError(f"negative_weight: expected a finite number >= 0, got {negative_weight}")
+    return float(negative_weight)
