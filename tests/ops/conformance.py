@@ -240,3 +240,28 @@ OPS = {
     )
     for plan, budget in (("stash", 4 << 30), ("recompute", 0))
 }
+
+
+# --- softplus over all pairs ------------------------------------------------------------------------------------------
+
+SOFTPLUS_CASES: dict[str, Callable[[], Arguments]] = {
+    name: case for name, case in PAIR_CASES.items() if "directions" not in case()
+} | {
+    "one column for all": lambda: pairs(20, 33, 6, own=torch.full((20,), 4), bias=bias(33)),
+    "a column twice, leave out": lambda: pairs(20, 33, 6, own=torch.arange(20) // 2, leave_out=ids(20, 33, 7)),
+    "negative weight 0.3": lambda: pairs(20, 33, 6, bias=bias(33), negative_weight=0.3),
+    "negative weight 5, an int": lambda: pairs(20, 33, 6, own=permutation(20, 33), negative_weight=5),
+    "negative weight 0": lambda: pairs(20, 33, 6, negative_weight=0.0),
+    "initial scale and bias": lambda: pairs(200, 200, 64, scale=10.0, bias=torch.tensor(-10.0)),
+    "initial cone, bias": lambda: cone(200, 64) | {"bias": torch.tensor(-10.0)},
+    "near-zero loss, bias": lambda: pairs(200, 200, 64, noise=0.2, scale=60.0, bias=torch.tensor(-45.0)),
+}
+SIGMOID_CASES = {
+    name: case
+    for name, case in SOFTPLUS_CASES.items()
+    if {"x", "y", "scale", "bias"} <= case().keys() and "negative_weight" not in case()
+}
+OPS |= {
+    "pair_softplus": Op(contrastive.pair_softplus, contrastive.softplus.KERNELS, ("x", "y"), ("scale", "bias"), SOFTPLUS_CASES),
+    "sigmoid_loss": Op(contrastive.sigmoid_loss, contrastive.softplus.KERNELS, ("x", "y"), ("scale", "bias"), SIGMOID_CASES),
+}

@@ -47,7 +47,19 @@ def _clip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tenso
     return (contrastive.clip_loss(x, y[: len(x)], scale, stash_bytes=0),)
 
 
+def _pair_softplus(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
+    own = torch.arange(len(x), device=x.device) // 2  # columns repeat
+    left_out = (ids[: len(x)], ids[: len(y)])
+    return (contrastive.pair_softplus(x, y, scale, own=own, leave_out=left_out, bias=bias - 3, negative_weight=0.5),)
+
+
+def _sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    return (contrastive.sigmoid_loss(x, y, scale, bias[0] - 10, own=len(y) - len(x)),)
+
+
 _CASES: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pair_logsumexp": _pair_logsumexp, "clip_loss": _clip_loss}
+_CASES |= {"pair_softplus": _pair_softplus, "sigmoid_loss": _sigmoid_loss}
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 
 

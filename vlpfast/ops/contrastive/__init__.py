@@ -5,16 +5,30 @@ added beside them, so that a loss near zero keeps its full relative precision (s
 """
 
 from vlpfast.ops.contrastive.distributed import sharded_clip_loss, sharded_sigmoid_loss
-from vlpfast.ops.contrastive.losses import clip_loss
+from vlpfast.ops.contrastive.losses import clip_loss, debiased_contrastive_loss, lit_loss, matryoshka_loss, nt_xent_loss
 from vlpfast.ops.contrastive.pair import KERNELS, pair_logsumexp
 from vlpfast.ops.contrastive.softplus import pair_softplus, sigmoid_loss
+from vlpfast.ops.contrastive.supervised import (
+    group_contrastive_loss,
+    local_global_loss,
+    supcon_loss,
+    supervised_contrastive_loss,
+)
 
 __all__ = [
     "KERNELS",
     "clip_loss",
+    "debiased_contrastive_loss",
+    "group_contrastive_loss",
+    "lit_loss",
+    "local_global_loss",
+    "matryoshka_loss",
+    "nt_xent_loss",
     "pair_logsumexp",
     "pair_softplus",
     "sharded_clip_loss",
     "sharded_sigmoid_loss",
     "sigmoid_loss",
+    "supcon_loss",
+    "supervised_contrastive_loss",
 ]

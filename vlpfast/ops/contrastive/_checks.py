@@ -102,6 +102,95 @@ def check_columns(own: Tensor, n: int, *, unique: bool) -> None:
         raise ValueError("own: expected every column at most once (it may repeat only with directions='rows'), got repeated ones")
 
 
+def check_more_features(name: str, features: Any, x: Tensor) -> None:
+    """Further rows [any number, D] beside x [..., D]."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
+    if features.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {features.dtype}")
+    if features.ndim != 2 or features.shape[1] != x.shape[-1]:
+        raise ValueError(f"{name}: expected shape [rows, {x.shape[-1]}] beside x, got {tuple(features.shape)}")
+    if features.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} as x has, got {features.device}")
+
+
+def check_same_length(x: Tensor, y: Tensor) -> None:
+    """Row i of x belongs to row i of y."""
+    if y.shape[0] != x.shape[0]:
+        raise ValueError(f"y: expected as many rows as x, {x.shape[0]}, got {y.shape[0]}")
+
+
+def check_views(x: Any, y: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """x [N, D] or [V, N, D] and y [N, D] or [W, N, D] as their views, each [N, D]."""
+    for name, features in (("x", x), ("y", y)):
+        if isinstance(features, Tensor) and features.ndim == 3 and features.shape[0] == 0:
+            raise ValueError(f"{name}: expected at least one view in [views, rows, width], got shape {tuple(features.shape)}")
+    views = [(t.unbind() if isinstance(t, Tensor) and t.ndim == 3 else (t,)) for t in (x, y)]
+    check_features(views[0][0], views[1][0])
+    check_same_length(views[0][0], views[1][0])
+    return views[0], views[1]
+
+
+def check_view_weights(view_weights: Any, v: int, w: int) -> list[list[float]]:
+    """[v][w] numbers; None: equal ones that sum to 1."""
+    if view_weights is None:
+        return [[1 / (v * w)] * w for _ in range(v)]
+    sequences = isinstance(view_weights, list | tuple) and all(isinstance(row, list | tuple) for row in view_weights)
+    if not sequences or not all(_is_number(weight) for row in view_weights for weight in row):
+        raise TypeError(f"view_weights: expected {v} sequences of {w} finite numbers, got {view_weights!r}")
+    if len(view_weights) != v or any(len(row) != w for row in view_weights):
+        lengths = [len(row) for row in view_weights]
+        raise ValueError(f"view_weights: expected {v} sequences of {w} numbers, got {len(lengths)} of lengths {lengths}")
+    return [list(row) for row in view_weights]
+
+
+def check_directions(directions: Any) -> tuple[float, float]:
+    """The weights of the rows' mean and of the columns' mean."""
+    named = {"both": (0.5, 0.5), "rows": (1.0, 0.0), "cols": (0.0, 1.0)}
+    if isinstance(directions, str) and directions in named:
+        return named[directions]
+    two = isinstance(directions, list | tuple) and len(directions) == 2
+    if two and all(_is_number(d) and d >= 0 for d in directions) and any(directions):
+        return directions[0], directions[1]
+    raise ValueError(f"directions: expected 'both', 'rows', 'cols' or two weights >= 0 that are not both 0, got {directions!r}")
+
+
+def check_weights(name: str, weights: Any, x: Tensor) -> None:
+    check_tensor(name, weights, x.device, DTYPES, x.shape[0])
+
+
+def check_smoothing(label_smoothing: Any, x: Tensor) -> None:
+    if isinstance(label_smoothing, Tensor):
+        check_tensor("label_smoothing", label_smoothing, x.device, DTYPES, None if label_smoothing.ndim == 0 else x.shape[0])
+    elif not _is_number(label_smoothing):
+        raise TypeError(f"label_smoothing: expected a number or a tensor, got {type(label_smoothing).__name__}")
+    elif not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def check_ids(name: str, ids: Any, device: torch.device, length: int) -> None:
+    check_tensor(name, ids, device, (torch.int64,), length)
+
+
+def check_count(name: str, count: Any, least: int) -> None:
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+    if count < least:
+        raise ValueError(f"{name}: expected >= {least}, got {count}")
+
+
+def check_unused(directions: tuple[float, float], **arguments: Any) -> None:
+    """`rows_...` and `row_...` arguments need the rows' direction, all others the columns'."""
+    for name, value in arguments.items():
+        side = 0 if name.startswith("row") else 1
+        if value is not None and not directions[side]:
+            raise ValueError(f"{name}: has no effect on the directions asked for, whose weights are {directions}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
 def check_negative_weight(negative_weight: Any) -> float:
     if isinstance(negative_weight, bool) or not isinstance(negative_weight, float | int):
         raise TypeError(f"negative_weight: expected a float or None, got {type(negative_weight).__name__}")

@@ -96,6 +96,9 @@ def _pair_logsumexp(x, y, scale, own, leave_out, bias, directions, stash_bytes):
     else:
         own_index, own_offset = (own, None) if isinstance(own, Tensor) else (None, own)
         row_ids, column_ids = leave_out if leave_out is not None else (None, None)
+        # Dynamo refuses a Function that is given one tensor twice
+        y = y.view_as(y) if y is x else y
+        column_ids = column_ids.view_as(column_ids) if column_ids is not None and column_ids is row_ids else column_ids
         differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, scale, bias))
         keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if differentiable else 0
         rows, cols, *_ = PairLogsumexp.apply(
