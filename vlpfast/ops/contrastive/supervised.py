@@ -156,12 +156,12 @@ def _loss_beside(x: Tensor, y: Tensor, scale: Tensor, negatives: Tensor, listing
     if not columns.shape[1]:
         return scale * dots.sum(1)  # zeros, with gradients
     kept = valid | (listing.positives == 0)[:, None]
-    positives = torch.where(kept, scale * dots, -torch.inf).logsumexp(1)
     # An alias, so that the two gradients through it meet before that of `positives` is added: of a single positive they cancel,
     # and what is left may be 1e-31 of them.
     alias = dots.view_as(dots)
     average = torch.where(valid, alias, 0).sum(1, keepdim=True) / listing.positives.clamp(min=1)[:, None]
     spread = torch.where(kept, scale * (alias - average), -torch.inf).logsumexp(1)
+    positives = torch.where(kept, scale * dots, -torch.inf).logsumexp(1)
     return softplus(negatives - positives) + spread
 
 
