@@ -198,8 +198,9 @@ def group_contrastive_loss(
     Args:
         x, y: [G * group_size, D], unit length in these papers; the rows of one group stand together, groups in the same order
             on both sides. See `pair_logsumexp` for dtypes, scale and stash_bytes.
-        related: [G, G] bool: group g is no negative for h where related[g, h] (ancestors and descendants in a hierarchy); a
-            group is none for itself whatever the diagonal says. Costs G more features and, for scales above 0.001, is exact.
+        related: [G, G] bool: pairs of a row of group g with a column of group h are no negatives where related[g, h], such as
+            ancestors and descendants in a hierarchy; those with the own group never are, whatever the diagonal says. Costs G
+            more features in the product; exact for scales above 0.001.
         directions: see `clip_loss`.
 
     Returns:
