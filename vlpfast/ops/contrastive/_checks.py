@@ -180,7 +180,7 @@ def check_count(name: str, count: Any, least: int) -> None:
 
 
 def check_unused(directions: tuple[float, float], **arguments: Any) -> None:
-    """`rows_...` and `row_...` arguments need the rows' direction, all others the columns'."""
+    """Arguments named `row_...` need the rows' direction, all others the columns'."""
     for name, value in arguments.items():
         side = 0 if name.startswith("row") else 1
         if value is not None and not directions[side]:

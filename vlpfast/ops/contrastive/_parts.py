@@ -66,7 +66,7 @@ def columns_of_equal_id(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Te
     By sorting: no shape depends on the ids, so nothing waits for a GPU.
     """
     order = column_ids.argsort(stable=True)
-    ordered = column_ids[order]
+    ordered, row_ids = column_ids[order], row_ids.contiguous()
     first = torch.searchsorted(ordered, row_ids)
     return order, first, torch.searchsorted(ordered, row_ids, right=True) - first
 
@@ -74,7 +74,7 @@ def columns_of_equal_id(row_ids: Tensor, column_ids: Tensor) -> tuple[Tensor, Te
 def sums_of_equal_id(row_ids: Tensor, column_ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """For each row the sum [M, D] and the number [M] of the values [N, D] whose column has the row's id."""
     n = column_ids.shape[0]
-    ordered = column_ids.sort().values
+    ordered, row_ids, column_ids = column_ids.sort().values, row_ids.contiguous(), column_ids.contiguous()
     group = torch.searchsorted(ordered, column_ids)  # [N] the first place of each id stands for it
     sums = values.new_zeros(n + 1, values.shape[1]).index_add(0, group, values)  # row n: no column has that id
     first = torch.searchsorted(ordered, row_ids)

@@ -320,10 +320,5 @@ class _Pairs:
 
 def _both_sides(x: Tensor, y: Tensor) -> dict[str, Any]:
     """Each side's rows as further negatives of itself, a row beside itself left out."""
-    rows = torch.arange(x.shape[0], device=x.device)
-    cols = rows + x.shape[0]
-    return {
-        "row_negatives": x,
-        "col_negatives": y,
-        "leave_out": (torch.cat([rows, cols]), torch.cat([cols, rows])),
-    }
+    ids = torch.arange(x.shape[0], device=x.device).repeat(2)
+    return {"row_negatives": x, "col_negatives": y, "leave_out": (ids, ids)}

@@ -156,12 +156,12 @@ def _loss_beside(x: Tensor, y: Tensor, scale: Tensor, negatives: Tensor, listing
     if not columns.shape[1]:
         return scale * dots.sum(1)  # zeros, with gradients
     kept = valid | (listing.positives == 0)[:, None]
-    positives = torch.where(kept, scale * dots, -torch.inf).logsumexp(1)
     # An alias, so that the two gradients through it meet before that of `positives` is added: of a single positive they cancel,
     # and what is left may be 1e-31 of them.
     alias = dots.view_as(dots)
     average = torch.where(valid, alias, 0).sum(1, keepdim=True) / listing.positives.clamp(min=1)[:, None]
     spread = torch.where(kept, scale * (alias - average), -torch.inf).logsumexp(1)
+    positives = torch.where(kept, scale * dots, -torch.inf).logsumexp(1)
     return softplus(negatives - positives) + spread
 
 
@@ -198,8 +198,9 @@ def group_contrastive_loss(
     Args:
         x, y: [G * group_size, D], unit length in these papers; the rows of one group stand together, groups in the same order
             on both sides. See `pair_logsumexp` for dtypes, scale and stash_bytes.
-        related: [G, G] bool: group g is no negative for h where related[g, h] (ancestors and descendants in a hierarchy); a
-            group is none for itself whatever the diagonal says. Costs G more features and, for scales above 0.001, is exact.
+        related: [G, G] bool: pairs of a row of group g with a column of group h are no negatives where related[g, h], such as
+            ancestors and descendants in a hierarchy; those with the own group never are, whatever the diagonal says. Costs G
+            more features in the product; exact for scales above 0.001.
         directions: see `clip_loss`.
 
     Returns:
