@@ -503,7 +503,9 @@ def test_without_a_process_group_they_are_the_losses_of_one_process(case: str) -
         both = convert(arguments, dtype)
         for sharded, alone in ((sharded_clip_loss, clip_loss), (sharded_sigmoid, sigmoid)):
             found, expected = by_one(sharded, both), by_one(alone, both)
-            assert all(torch.equal(found[name], expected[name]) for name in expected)
+            few = 4 * torch.finfo(dtype).eps  # clip_loss sums in another order
+            for name in expected:
+                assert relative_error(found[name], expected[name]) <= few, name
 
 
 def test_func_grad() -> None:
