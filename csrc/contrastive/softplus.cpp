@@ -10,6 +10,7 @@
 // The partition into tiles and strips depends on the shape alone, and partial sums are added in a fixed order: the
 // number of threads changes no bit of any result.
 
+#include "common/panels.h"
 #include "contrastive/problem.h"
 #include "contrastive/softplus_rows.h"
 
@@ -36,6 +37,7 @@ Result forward(const Problem<T>& p, double negative_weight, bool need_x, bool ne
     const Tensor dx = empty({need_x ? M : 0, D}, kScalarType<T>), dy = empty({need_y ? N : 0, D}, kScalarType<T>);
     const bool scale_by_y = need_scale && !need_x && need_y, make_gx = need_x || (need_scale && !scale_by_y);
     std::vector<double> loss(M, 0.0), row_dot(scale_by_y ? N : M, 0.0), bias_sum(N, 0.0);
+    Panels<T> x_rows, y_rows, y_columns;
     Buffer<T> x_copy, y_copy, scratch, partial_buffer, gx_buffer;
     T* const gy = need_y ? dy.mutable_data_ptr<T>() : nullptr;
     if (gy)
@@ -60,16 +62,21 @@ Result forward(const Problem<T>& p, double negative_weight, bool need_x, bool ne
         T* const gx = need_x ? dx.mutable_data_ptr<T>() + i0 * D : make_gx ? gx_buffer.get(m * D) : nullptr;
         if (gx)
             std::fill_n(gx, m * D, T(0));
+        if (gy)
+            x_rows.set(x, m, D);
         for (int64_t J = 0; J < p.column_tiles.count; ++J) {
             const int64_t j0 = p.column_tiles.begin(J), n = p.column_tiles.length(J);
             const View<const T> y = p.y.rows(j0, n, y_copy);
+            y_columns.set(y.transposed(), D, n);
+            if (gx)
+                y_rows.set(y, n, D);
             const View<T> tile{scratch.get(m * (n + kPad)), n + kPad, 1};
             T* const partial = need_bias ? partial_buffer.get(strips(m).count * n) : nullptr;
             strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
                 T* const sums = partial ? partial + strip * n : nullptr;
                 if (sums)
                     std::fill_n(sums, n, T(0));
-                product<T>(tile.from(begin), x.from(begin), y.transposed(), length, n, D, false);
+                y_columns.product(tile.from(begin), x.from(begin), length, false);
                 for (int64_t r = begin; r < begin + length; ++r) {
                     T* s = tile.data + r * tile.row;
                     p.logits(s, n, i0 + r, j0);
@@ -78,14 +85,14 @@ Result forward(const Problem<T>& p, double negative_weight, bool need_x, bool ne
                         add_row(s, n, sums);
                 }
                 if (gx)
-                    product<T>({gx + begin * D, D, 1}, tile.from(begin).read(), y, length, D, n, true);
+                    y_rows.product({gx + begin * D, D, 1}, tile.from(begin).read(), length, true);
             });
             if (partial)
                 add_partial(partial, strips(m).count, n, bias_sum.data() + j0);
             if (!gy)
                 continue;
             strips(n).each([&](int64_t, int64_t begin, int64_t length) {
-                product<T>({gy + (j0 + begin) * D, D, 1}, tile.read().transposed().from(begin), x, length, D, m, true);
+                x_rows.product({gy + (j0 + begin) * D, D, 1}, tile.read().transposed().from(begin), length, true);
             });
         }
         if (!gx)

@@ -98,7 +98,9 @@ def test_precision_in_float32(regime: str) -> None:
 
     with backends.use("reference"):
         expected = value_and_gradients(loss, *[t.double() for t in numbers])
-    for found, exact, bound in zip(value_and_gradients(loss, *numbers), expected, (1e-6, 1e-5, 1e-5, 1e-5, 1e-5), strict=True):
+    value = 3e-6 if regime == "near-zero loss" else 1e-6  # its few largest logits, near -40, are rounded at 2e-6
+    bounds = (value, 1e-5, 1e-5, 1e-5, 1e-5)
+    for found, exact, bound in zip(value_and_gradients(loss, *numbers), expected, bounds, strict=True):
         assert relative_error(found, exact) < bound
 
 
