@@ -32,8 +32,15 @@ def half_trained(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, F.normalize(x + 1.5 * F.normalize(torch.randn(n, d, generator=generator), dim=1), dim=1)
 
 
-def product(x: str, y: str) -> Callable[[Inputs], Tensor]:
-    return lambda inputs: inputs[x] @ inputs[y].T
+def product(x: str, y: str) -> Callable[[Inputs], None]:
+    """rows @ columns.T; where the result would have more than 2^30 numbers, slice by slice."""
+
+    def unit(inputs: Inputs) -> None:
+        rows, columns = inputs[x], inputs[y]
+        for part in rows.split(max(1, 2**30 // max(1, len(columns)))):
+            part @ columns.T
+
+    return unit
 
 
 # --- CLIP -------------------------------------------------------------------------------------------------------------
