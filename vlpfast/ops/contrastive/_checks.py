@@ -191,9 +191,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
-def check_negative_weight(negative_weight: Any) -> float:
-    if isinstance(negative_weight, bool) or not isinstance(negative_weight, float | int):
-        raise TypeError(f"negative_weight: expected a float or None, got {type(negative_weight).__name__}")
-    if not (math.isfinite(negative_weight) and negative_weight >= 0):
-        raise ValueError(f"negative_weight: expected a finite number >= 0, got {negative_weight}")
-    return float(negative_weight)
+def check_nonnegative(name: str, value: Any, kinds: str = "a float") -> float:
+    """kinds: what the message says the argument may be."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name}: expected {kinds}, got {type(value).__name__}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return float(value)

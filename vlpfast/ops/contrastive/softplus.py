@@ -13,7 +13,7 @@ from vlpfast.ops.contrastive._checks import (
     check_bias,
     check_features,
     check_leave_out,
-    check_negative_weight,
+    check_nonnegative,
     check_own,
     check_scale,
     same_dtype,
@@ -104,7 +104,8 @@ def _checked(x, y, scale, own, leave_out, bias, negative_weight) -> tuple[Tensor
         check_leave_out(leave_out, m, n, x.device)
     if bias is not None:
         bias = check_bias(bias, x, n)
-    return x, y, scale, bias, 1.0 if negative_weight is None else check_negative_weight(negative_weight)
+    weight = 1.0 if negative_weight is None else check_nonnegative("negative_weight", negative_weight, "a float or None")
+    return x, y, scale, bias, weight
 
 
 class PairSoftplus(torch.autograd.Function):
