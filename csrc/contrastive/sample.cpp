@@ -105,10 +105,11 @@ template <class T> struct Row {
 
     void add_softmax(const T* s, const uint32_t* bits, int64_t n, int64_t first) {
         const T least = static_cast<T>(std::clamp(softmax.least(), -1e30, 1e30)); // finite: -inf - (-inf) is no number
-        if (!may_exceed(s, bits, n, least, T(1e-5) + T(1e-6) * std::abs(least)))
+        int32_t may[kBlock];
+        if (!may_exceed(s, bits, n, least, T(1e-5) + T(1e-6) * std::abs(least), may))
             return;
         for (int64_t j = 0; j < n; ++j) {
-            if (s[j] > -std::numeric_limits<T>::infinity())
+            if (may[j] && s[j] > -std::numeric_limits<T>::infinity())
                 softmax.add({s[j] + gumbel(bits[j]), first + j});
         }
     }

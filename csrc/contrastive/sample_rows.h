@@ -15,30 +15,28 @@ constexpr int64_t kBlock = 64;
 // (column / 4, row, stream, 0), four words each. See vlpfast/ops/contrastive/reference.py.
 VLPFAST_CLONES void random_bits(uint32_t begin, uint32_t row, uint32_t stream, uint64_t seed, uint32_t* out) {
     constexpr int kCounters = kBlock / 4;
-    uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
+    uint32_t words[4][kCounters]; // written one counter after the other, which the compiler makes vectors of
     for (int l = 0; l < kCounters; ++l) {
-        c0[l] = begin / 4 + l;
-        c1[l] = row;
-        c2[l] = stream;
-        c3[l] = 0;
-    }
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-        for (int l = 0; l < kCounters; ++l) {
-            const uint64_t p = uint64_t{0xD2511F53} * c0[l], q = uint64_t{0xCD9E8D57} * c2[l];
-            c0[l] = static_cast<uint32_t>(q >> 32) ^ c1[l] ^ k0;
-            c1[l] = static_cast<uint32_t>(q);
-            c2[l] = static_cast<uint32_t>(p >> 32) ^ c3[l] ^ k1;
-            c3[l] = static_cast<uint32_t>(p);
+        uint32_t c0 = begin / 4 + l, c1 = row, c2 = stream, c3 = 0;
+        uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t p = uint64_t{0xD2511F53} * c0, q = uint64_t{0xCD9E8D57} * c2;
+            c0 = static_cast<uint32_t>(q >> 32) ^ c1 ^ k0;
+            c1 = static_cast<uint32_t>(q);
+            c2 = static_cast<uint32_t>(p >> 32) ^ c3 ^ k1;
+            c3 = static_cast<uint32_t>(p);
+            k0 += 0x9E3779B9;
+            k1 += 0xBB67AE85;
         }
-        k0 += 0x9E3779B9;
-        k1 += 0xBB67AE85;
+        words[0][l] = c0;
+        words[1][l] = c1;
+        words[2][l] = c2;
+        words[3][l] = c3;
     }
     for (int l = 0; l < kCounters; ++l) {
-        out[4 * l] = c0[l];
-        out[4 * l + 1] = c1[l];
-        out[4 * l + 2] = c2[l];
-        out[4 * l + 3] = c3[l];
+        for (int w = 0; w < 4; ++w)
+            out[4 * l + w] = words[w][l];
     }
 }
 
@@ -50,13 +48,16 @@ inline double gumbel(uint32_t bits) {
     return -std::log(-std::log1p(-unit(bits)));
 }
 
-// Whether a column of the row may have a key s + gumbel above `least`; never false if one has. A key is above it if
-// -log(1 - v) < exp(s - least), and v is below -log(1 - v). `slack` is more than the roundings of s - least.
-template <class T> VLPFAST_CLONES bool may_exceed(const T* s, const uint32_t* bits, int64_t n, T least, T slack) {
-    int any = 0;
+// Sets may[j] where a column of the row may have a key s + gumbel above `least` (where it has one, always), and returns
+// whether it did. A key is above `least` if -log(1 - v) < exp(s - least), and v is below -log(1 - v). `slack` is more
+// than the roundings of s - least.
+template <class T>
+VLPFAST_CLONES bool may_exceed(const T* s, const uint32_t* bits, int64_t n, T least, T slack, int32_t* may) {
+    int32_t any = 0;
     for (int64_t j = 0; j < n; ++j) {
         const T difference = s[j] - least + slack, exponent = difference < T(1) ? difference : T(1);
-        any |= (static_cast<T>(bits[j]) + T(0.5)) * T(0x1p-32) < exponential(exponent);
+        may[j] = (static_cast<T>(bits[j]) + T(0.5)) * T(0x1p-32) < exponential(exponent);
+        any |= may[j];
     }
     return any;
 }
