@@ -63,7 +63,8 @@ def sample_hard_negatives(
         that is NaN or infinite is drawn before all others, the lowest column first, so that it shows in what is made of it.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host.
+        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host (on a
+            device under VLPFAST_DEBUG=1).
 
     Li et al. 2021, "Align before fuse"; Li et al. 2022, "BLIP"; drawing by keys: Kool et al. 2019, "Stochastic beams and where
     to find them".

@@ -13,6 +13,7 @@ from vlpfast.ops.contrastive._checks import (
     check_bias,
     check_features,
     check_leave_out,
+    check_loss_scale,
     check_nonnegative,
     check_own,
     check_scale,
@@ -54,7 +55,8 @@ def pair_softplus(
         in float32 negatives with logits below -87.3 count nothing.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host.
+        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host (on a
+            device under VLPFAST_DEBUG=1).
     """
     x, y, scale, bias, negative_weight = _checked(x, y, scale, own, leave_out, bias, negative_weight)
     device = x.device.type
@@ -81,6 +83,7 @@ def sigmoid_loss(
     or None. See `pair_softplus` for all arguments. Returns a 0-d tensor, float32 (float64 for float64 features); 0 for M = 0.
     Zhai et al. 2023, "Sigmoid loss for language image pre-training".
     """
+    check_loss_scale(scale)
     return pair_softplus(x, y, scale, own=own, leave_out=leave_out, bias=bias) / max(1, x.shape[0])
 
 
