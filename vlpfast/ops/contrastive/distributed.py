@@ -180,10 +180,10 @@ def _home_and_travelling(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, _Shards]:
     """The side that stays and the side that travels, both as autocast wants them, ids in the same order, and the shards."""
     check_features(x, y)
-    check_loss_scale(scale)
-    check_scale(scale, x)  # before this rank takes part in anything that the others wait for
     if y.shape[0] != x.shape[0]:
         raise ValueError(f"y: expected as many rows as x, {x.shape[0]}, got {y.shape[0]}")
+    check_loss_scale(scale)
+    check_scale(scale, x)  # before this rank takes part in anything that the others wait for
     if leave_out is not None:
         check_leave_out(leave_out, x.shape[0], x.shape[0], x.device)
     if gather not in ("x", "y"):

@@ -54,8 +54,8 @@ def sample_hard_negatives(
         leave_out: (row_ids [M], column_ids [N]), int64: pairs with equal ids, known duplicates, are not drawn.
         uniform: a float >= 0, added to every candidate's softmax. With 0, columns of a logit more than 26 below the row's largest
             are only drawn when nothing else is left, and one of -inf never is.
-        seed: 0-d int64 tensor on x's device; equal seeds give equal draws: of any number of threads, of any backend (unless
-            rounding decides between two columns), and for each row whatever rows there are beside it. None: drawn from torch's
+        seed: 0-d int64 tensor on x's device. Equal seeds give equal draws, unless rounding decides between two columns: on any
+            number of threads, on any backend, and for each row whatever rows there are beside it. None: drawn from torch's
             generator of the device, so that what restores the generator restores the draws.
 
     Returns:
