@@ -168,7 +168,26 @@ def test_what_is_on_the_host_is_checked_anyway_and_on_a_device_under_debug(monke
     assert not debug.check_finite("x", torch.tensor(torch.nan))
 
 
+class Elsewhere(Tensor):
+    """On a device, as far as one can tell without looking at its values."""
+
+    @staticmethod
+    def __new__(cls) -> Elsewhere:
+        return Tensor._make_wrapper_subclass(cls, (2,), dtype=torch.float32, device="xpu")
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{function} waits for the device")
+
+
 def test_readable() -> None:
+    elsewhere = Elsewhere()
+    assert not debug.readable(elsewhere)
+    debug.check_finite("x", elsewhere)
+    with debug.use():
+        assert debug.readable(elsewhere)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            debug.check_finite("x", elsewhere)
     host, meta = torch.ones(2), torch.ones(2, device="meta")
     with FakeTensorMode():
         fake = torch.ones(2)

@@ -38,9 +38,9 @@ def readable(tensor: Tensor) -> bool:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return _on or tensor.device.type == "cpu"
+    if tensor.device.type == "cpu":
+        return True
+    return _on and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
