@@ -124,6 +124,17 @@ def test_the_selfcheck_passes_here() -> None:
     assert all(check.ok for check in checks), checks
 
 
+def test_a_backend_without_an_operator_is_absent_for_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, _ = selfcheck._CASES["sigmoid_loss"]
+    monkeypatch.setitem(selfcheck._CASES, "sigmoid_loss", (case, {}))
+    checks = selfcheck.check()
+    absent = [check for check in checks if check.dtype is None]
+    there = [name for name, reason in backends.available().items() if not reason and name != "reference"]
+    assert absent == [selfcheck.Check("sigmoid_loss", name, None, True, f"sigmoid_loss has no {name} kernel") for name in there]
+    assert all(check.ok for check in checks)
+    assert {c.backend for c in checks if c.op == "sigmoid_loss" and c.dtype is not None} == {"reference"}
+
+
 @needs_library
 def test_the_selfcheck_finds_a_wrong_kernel_and_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
     right = PairLogsumexp.apply
