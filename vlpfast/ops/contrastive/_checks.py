@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from vlpfast.ops._schemas import accumulate_dtype
 
@@ -91,9 +92,18 @@ def check_tensor(name: str, value: Tensor, device: torch.device, dtypes: tuple[t
         raise ValueError(f"{name}: expected device {device} as x has, got {value.device}")
 
 
+def has_values(t: Tensor) -> bool:
+    """False under compilation, for meta and for fake tensors."""
+    return not (torch.compiler.is_compiling() or t.is_meta or isinstance(t, FakeTensor))
+
+
+def on_host(t: Tensor) -> bool:
+    """Values can be looked at without waiting for a GPU."""
+    return t.device.type == "cpu" and has_values(t)
+
+
 def check_columns(own: Tensor, n: int, *, unique: bool) -> None:
-    """Host tensors alone: on a GPU looking at values would wait for it, under compilation there are none yet."""
-    if own.device.type != "cpu" or own.numel() == 0 or torch.compiler.is_compiling():
+    if not on_host(own) or own.numel() == 0:
         return
     low, high = (int(v) for v in own.aminmax())
     if low < 0 or high >= n:
