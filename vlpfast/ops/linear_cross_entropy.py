@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,7 +42,9 @@ def linear_cross_entropy(
         weight: [V, D], V >= 1, any strides: tied embeddings as they are.
         labels: [...] int64, in [0, V) or `ignore_index`.
         bias: [V], added to the logits of every token (its gradient is made).
-        label_smoothing: e in [0, 1]: targets are 1 - e on the label plus e / V everywhere, as in torch's cross_entropy.
+        label_smoothing: e in [0, 1]: targets are 1 - e on the label plus e / V everywhere, as in torch's cross_entropy. With it
+            half types are multiplied in float32, from copies of h and weight (slower on GPUs): a gradient has several parts then,
+            and rounded before they meet it would be less exact than eager code's.
         weights: [...] >= 0, one factor for each token; its gradient is made.
         reduction: "mean": sum(weights * losses) / sum(weights) over the kept tokens; "sum": their weighted sum; "none": [...].
         max_rows: how many tokens are computed, whatever the labels: for torch.compile and CUDA graphs, where no shape may
@@ -138,20 +141,23 @@ def _losses(h, weight, labels, bias, label_smoothing, rows, stash_bytes) -> Tens
     """The cross-entropy of each row: [K], 0 for one that counts nothing."""
     x, weight = common_dtype(rows.of(h.reshape(labels.numel(), h.shape[-1]), 0), weight)
     labels = rows.of(labels.reshape(-1), 0)
-    losses = softplus(pair_logsumexp(x, weight, 1.0, own=labels, bias=bias, directions="rows", stash_bytes=stash_bytes))
-    if label_smoothing:
-        losses = losses + label_smoothing * _own_above_mean(x, weight, labels, bias)
+    if not label_smoothing:
+        losses = softplus(pair_logsumexp(x, weight, 1.0, own=labels, bias=bias, directions="rows", stash_bytes=stash_bytes))
+    else:
+        dtype, device = accumulate_dtype(x.dtype), x.device.type
+        x, weight = x.to(dtype), weight.to(dtype)  # the parts of a gradient meet before it is rounded to a half type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            losses = softplus(pair_logsumexp(x, weight, 1.0, own=labels, bias=bias, directions="rows", stash_bytes=stash_bytes))
+            losses = losses + label_smoothing * _own_above_mean(x, weight, labels, bias)
     return losses if rows.kept is None else torch.where(rows.kept, losses, 0)
 
 
 def _own_above_mean(x: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> Tensor:
-    """Each row's own logit minus the mean of its V logits: [K], in the accumulating dtype. No other logit is made."""
-    dtype = accumulate_dtype(x.dtype)
-    x = x.to(dtype)  # once: of half types the two gradients meet before they are rounded
-    above = listed_dots(x, weight, labels[:, None])[:, 0] - row_dots(x, weight.mean(0, dtype=dtype))
+    """Each row's own logit minus the mean of its V logits: [K]. No other logit is made."""
+    above = listed_dots(x, weight, labels[:, None])[:, 0] - row_dots(x, weight.mean(0))
     if bias is None:
         return above
-    bias = bias.to(dtype)
+    bias = bias.to(x.dtype)
     return above + bias[labels] - bias.mean()
 
 
