@@ -411,17 +411,24 @@ def test_one_tensor_as_h_and_weight() -> None:
         torch.testing.assert_close(torch.autograd.grad(each(table), table)[0], expected)
 
 
-def test_autocast_casts_h_and_weight_alone() -> None:
-    *some, labels = leaves()
-    h, weight, bias, weights = some
-    expected = smoothed(h.bfloat16(), weight.bfloat16(), bias, weights, labels)
+@pytest.mark.parametrize("label_smoothing", [None, 0.0, 0.1])
+def test_autocast_casts_h_and_weight_alone(label_smoothing: float | None) -> None:
+    h, weight, bias, weights, labels = leaves()
+
+    def function(h: Tensor, weight: Tensor, bias: Tensor, weights: Tensor) -> Tensor:
+        if label_smoothing is None:
+            return (weights * token_logprob(h, weight, labels, bias=bias)).sum()
+        return linear_cross_entropy(h, weight, labels, bias=bias, weights=weights, label_smoothing=label_smoothing)
+
+    expected = function(h.bfloat16(), weight.bfloat16(), bias, weights)
+    doubles = [t.detach().double() for t in (h, weight, bias, weights)]
     with torch.autocast("cpu", torch.bfloat16):
-        found = smoothed(*some, labels)
-        doubles = smoothed(*(t.double() for t in some), labels)
+        found = function(h, weight, bias, weights)
+        in_double = function(*doubles)
     assert torch.equal(found, expected) and found.dtype == torch.float32
-    for ours, exact in zip(*(torch.autograd.grad(t, some) for t in (found, expected)), strict=True):
-        assert ours.dtype == torch.float32 and relative_error(ours, exact) < 1e-2  # h and weight: where the gradients are rounded
-    assert torch.equal(doubles, smoothed(*(t.double() for t in some), labels)) and doubles.dtype == torch.float64
+    for ours, exact in zip(*(torch.autograd.grad(t, (h, weight, bias, weights)) for t in (found, expected)), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, exact)
+    assert torch.equal(in_double, function(*doubles)) and in_double.dtype == torch.float64
 
 
 @pytest.mark.parametrize("names", ["bfloat16 float32", "float32 float16", "float32 float64"])

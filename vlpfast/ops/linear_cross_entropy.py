@@ -70,7 +70,7 @@ def linear_cross_entropy(
     rows = _choose_rows(labels, ignore_index, max_rows)
     losses = _losses(h, weight, labels, bias, label_smoothing, rows, stash_bytes)  # [K]
     if weights is not None:
-        weights = rows.of(weights.reshape(-1), 0).to(losses.dtype)
+        weights = rows.of(weights.reshape(-1)).to(losses.dtype)
     if reduction == "mean":
         return rows.valid(mean(losses, rows.kept if weights is None else weights))
     losses = losses if weights is None else weights * losses
@@ -105,12 +105,12 @@ class _Rows(NamedTuple):
     kept: Tensor | None = None  # [K] bool, False: a row that counts nothing; None: all of them count
     factor: Tensor | None = None  # 0-d, 1, or NaN where there are more kept tokens than rows
 
-    def of(self, values: Tensor, filler: int) -> Tensor:
-        """[tokens, ...] -> [K, ...], `filler` in the rows that count nothing: whatever stands there (NaN) goes nowhere."""
+    def of(self, values: Tensor) -> Tensor:
+        """[tokens, ...] -> [K, ...], 0 in the rows that count nothing: whatever stands there (NaN) goes nowhere."""
         values = values if self.index is None else values.index_select(0, self.index)
         if self.kept is None:
             return values
-        return torch.where(self.kept.reshape(-1, *[1] * (values.ndim - 1)), values, filler)
+        return torch.where(self.kept.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
 
     def back(self, values: Tensor, labels: Tensor) -> Tensor:
         """[K] -> the shape of labels, 0 elsewhere"""
@@ -139,8 +139,8 @@ def _choose_rows(labels: Tensor, ignore_index: int, max_rows: int | None) -> _Ro
 
 def _losses(h, weight, labels, bias, label_smoothing, rows, stash_bytes) -> Tensor:
     """The cross-entropy of each row: [K], 0 for one that counts nothing."""
-    x, weight = common_dtype(rows.of(h.reshape(labels.numel(), h.shape[-1]), 0), weight)
-    labels = rows.of(labels.reshape(-1), 0)
+    x, weight = common_dtype(rows.of(h.reshape(labels.numel(), h.shape[-1])), weight)
+    labels = rows.of(labels.reshape(-1))
     if not label_smoothing:
         losses = softplus(pair_logsumexp(x, weight, 1.0, own=labels, bias=bias, directions="rows", stash_bytes=stash_bytes))
     else:
