@@ -102,7 +102,7 @@ def test_a_checkout_without_the_library_says_so_once_and_works(tmp_path: Path) -
 
 def test_the_import_is_light() -> None:
     script = (
-        "import sys, vlpfast, vlpfast.ops.contrastive\n"
+        "import sys, vlpfast, vlpfast.ops.contrastive, vlpfast.ops.linear_cross_entropy\n"
         "print([m for m in ('triton', 'transformers', 'nvidia.dali', 'omegaconf') if m in sys.modules])"
     )
     assert python(script).stdout.strip() == "[]"

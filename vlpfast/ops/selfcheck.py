@@ -19,6 +19,7 @@ from vlpfast.ops.contrastive import (
     sigmoid_loss,
     softplus,
 )
+from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -80,6 +81,11 @@ def _sample_hard_negatives(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) ->
     return (scale * (x[:, None].to(scale.dtype) * y[columns].to(scale.dtype)).sum(2),)
 
 
+def _linear_cross_entropy(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    labels = torch.arange(len(x), device=x.device) % min(len(y), 5)  # 2 is ignored, the others repeat
+    return (linear_cross_entropy(x, y, labels, bias=bias, ignore_index=2, label_smoothing=0.1, reduction="none"),)
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -87,6 +93,7 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "pair_softplus": (_pair_softplus, softplus.KERNELS),
     "sigmoid_loss": (_sigmoid_loss, softplus.KERNELS),
     "sample_hard_negatives": (_sample_hard_negatives, sample.KERNELS),
+    "linear_cross_entropy": (_linear_cross_entropy, pair.KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 
