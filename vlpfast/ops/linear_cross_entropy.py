@@ -143,13 +143,12 @@ def _losses(h, weight, labels, bias, label_smoothing, rows, stash_bytes) -> Tens
     """The cross-entropy of each row: [K], 0 for one that counts nothing."""
     x, weight = common_dtype(rows.of(h.reshape(labels.numel(), h.shape[-1])), weight)
     labels = rows.of(labels.reshape(-1))
-    if not label_smoothing:
+    if label_smoothing:  # the parts of a gradient meet before it is rounded to a half type
+        x, weight = (t.to(accumulate_dtype(t.dtype)) for t in (x, weight))
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         losses = softplus(pair_logsumexp(x, weight, 1.0, own=labels, bias=bias, directions="rows", stash_bytes=stash_bytes))
-    else:
-        dtype, device = accumulate_dtype(x.dtype), x.device.type
-        x, weight = x.to(dtype), weight.to(dtype)  # the parts of a gradient meet before it is rounded to a half type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            losses = softplus(pair_logsumexp(x, weight, 1.0, own=labels, bias=bias, directions="rows", stash_bytes=stash_bytes))
+        if label_smoothing:
             losses = losses + label_smoothing * _own_above_mean(x, weight, labels, bias)
     return losses if rows.kept is None else torch.where(rows.kept, losses, 0)
 
