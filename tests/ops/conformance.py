@@ -77,7 +77,7 @@ def relative_error(found: Tensor, expected: Tensor, floor: float = 1e-300) -> fl
 
 
 def compare(op: Op, backend: str, dtype: torch.dtype, case: str) -> None:
-    arguments = convert(op, op.cases[case](), dtype, op.kernels.get(backend, "cpu"))
+    arguments = convert(op, op.cases[case](), dtype, backends.device_type(backend))
     results, gradients = run(op, backend, arguments)
     expected, expected_gradients = run(op, "reference", convert(op, arguments, torch.float64, "cpu"))
     slack = 10 if backend == "reference" else 1  # dense sums in float32 are less exact

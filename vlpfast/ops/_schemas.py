@@ -11,24 +11,24 @@ from torch import Tensor
 
 # Logits S = scale * x @ y.T (+ bias), x [M, D], y [N, D]; own pair of row i: column own[i], or i + own_offset, or none.
 # `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts; `exact`: whether the shifts differ.
-# `stash`: exp(S - shift), the first min(keep, M * N) in the kernel's own order; the backward makes the others again.
-torch.library.define(
-    "vlpfast::pair_fwd",
+# `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the others again. pair_fwd: the first min(keep, M * N)
+# in the kernel's own order, in the accumulating dtype; pair_fwd_triton: the first rows, see `stash_shape`, in `stash_dtype`.
+_PAIR_FWD = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
     "bool want_rows, bool want_columns, SymInt keep) "
-    "-> (Tensor rows, Tensor columns, Tensor row_stats, Tensor column_stats, Tensor exact, Tensor stash)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "-> (Tensor rows, Tensor columns, Tensor row_stats, Tensor column_stats, Tensor exact, Tensor stash)"
 )
 # What is not needed comes back empty. dscale has shape [1], dbias [N].
-torch.library.define(
-    "vlpfast::pair_bwd",
+_PAIR_BWD = (
     "(Tensor grad_rows, Tensor grad_columns, Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, "
     "Tensor? row_ids, Tensor? column_ids, bool want_rows, bool want_columns, "
     "Tensor row_stats, Tensor column_stats, Tensor exact, Tensor stash, "
     "bool need_x, bool need_y, bool need_scale, bool need_bias) "
-    "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
 )
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::pair_fwd{_suffix}", _PAIR_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::pair_bwd{_suffix}", _PAIR_BWD, tags=torch.Tag.pt2_compliant_tag)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,8 +36,26 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def stash_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the exponentials that `backend` keeps beside features of `dtype`."""
+    return torch.bfloat16 if backend == "triton" and dtype == torch.bfloat16 else accumulate_dtype(dtype)
+
+
+def stash_shape(m: int, n: int, keep: int) -> tuple[int, int]:
+    """Triton's: as many whole rows as fit, each padded to a multiple of 16 elements, with which loads are aligned."""
+    width = (n + 15) // 16 * 16
+    return torch.sym_min(m, keep // torch.sym_max(1, width)), width
+
+
+@torch.library.register_fake("vlpfast::pair_fwd_triton")
+def _(x: Tensor, y: Tensor, *arguments):
+    *_, keep = arguments
+    stash = x.new_empty(stash_shape(x.shape[0], y.shape[0], keep), dtype=stash_dtype("triton", x.dtype))
+    return *_pair_fwd(x, y, *arguments)[:-1], stash
+
+
 @torch.library.register_fake("vlpfast::pair_fwd")
-def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, keep):
+def _pair_fwd(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, keep):
     m, n = x.shape[0], y.shape[0]
     new = {"dtype": accumulate_dtype(x.dtype)}
     return (
@@ -51,6 +69,7 @@ def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, w
 
 
 @torch.library.register_fake("vlpfast::pair_bwd")
+@torch.library.register_fake("vlpfast::pair_bwd_triton")
 def _(grad_rows, grad_columns, x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns,
       row_stats, column_stats, exact, stash, need_x, need_y, need_scale, need_bias):  # fmt: skip
     new = {"dtype": accumulate_dtype(x.dtype)}

@@ -1,0 +1,321 @@
+"""Gradients of pair_logsumexp in Triton: P @ features, where P = E * (a_i + b_j) is formed as a tile of E is loaded.
+
+One kernel makes dx and dy, each program the gradient of some lines (rows of the logits for dx, columns for dy) in a part of the
+width; E comes transposed for the columns. Own pairs are zeros in E: what they give is added to the accumulator in float32.
+
+P is bfloat16 for bfloat16 features. For float16 it is rounded to tf32, which has float16's ten mantissa bits and the range that
+weights need, at half the speed; for float32 the product is the sum of three tf32 products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlpfast.ops._triton import cdiv, dot, launch, to_tf32
+from vlpfast.ops.contrastive.triton_sums import LOG2E, Pairs
+from vlpfast.ops.contrastive.triton_tiles import INDEX, LISTS, NO_OWN, OFFSET, kept_pairs, precision, products, stride, tile
+
+WEIGHT_SCALE = 2.0**40  # how far weights are lifted, so that small ones stay normal numbers; as in csrc/contrastive/pair.cpp
+
+
+@triton.jit
+def _times(p, features, total):
+    """total + p @ features with p in a dtype that the features' product takes."""
+    if features.dtype == tl.bfloat16:
+        return dot(p.to(tl.bfloat16), features, total, "tf32")
+    elif features.dtype == tl.float16:
+        return dot(to_tf32(p), features.to(tl.float32), total, "tf32")
+    else:
+        return dot(p, features, total, "tf32x3")
+
+
+@triton.jit
+def _add_own(
+    total, sums, lines, d, partners, line_grads, partner_grads, own, own_starts, LINES, PARTNERS, D, partner_row, partner_column,
+    own_stride, own_offset, OWN: tl.constexpr,
+):  # fmt: skip
+    """The own pairs' part of the gradient: dLoss / dS there is -(g_i + h_j)."""
+    inside = lines < LINES
+    grads = tl.load(line_grads + lines, mask=inside, other=0.0)
+    first = lines.to(tl.int64)
+    count = inside.to(tl.int64)
+    if OWN == 3:
+        first = tl.load(own_starts + lines, mask=inside, other=0)
+        count = tl.load(own_starts + lines + 1, mask=inside, other=0) - first
+    for i in range(0, tl.max(count, 0)):
+        there = i < count
+        partner = first + own_offset
+        if OWN >= 2:
+            partner = tl.load(own + (first + i) * own_stride, mask=there, other=-1)
+        there = there & (partner >= 0) & (partner < PARTNERS)
+        weight = tl.where(there, -(grads + tl.load(partner_grads + partner, mask=there, other=0.0)), 0.0)
+        at = partners + partner[:, None] * partner_row + d.to(tl.int64)[None, :] * partner_column
+        total += weight[:, None] * tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+        sums += weight
+    return total, sums
+
+
+@triton.jit
+def _finish(
+    total, sums, out, dots, line_sums, mine, partners, line_grads, partner_grads, own, own_starts, scale, power, part, lines, d,
+    LINES, PARTNERS, D, out_row, mine_row, mine_column, partner_row, partner_column, own_stride, own_offset, OWN: tl.constexpr,
+):  # fmt: skip
+    """Own pairs are added; then <own features, total> by program, sums of weights by line, and the gradient itself."""
+    inside = (lines < LINES)[:, None] & (d < D)[None, :]
+    if OWN != 0:
+        total, sums = _add_own(
+            total, sums, lines, d, partners, line_grads, partner_grads, own, own_starts, LINES, PARTNERS, D, partner_row,
+            partner_column, own_stride, own_offset, OWN,
+        )  # fmt: skip
+    if dots is not None:
+        at = mine + lines.to(tl.int64)[:, None] * mine_row + d.to(tl.int64)[None, :] * mine_column
+        parts = tl.load(at, mask=inside, other=0.0).to(tl.float32) * tl.where(inside, total, 0.0)
+        tl.store(dots + tl.program_id(0), tl.sum(tl.sum(parts, 1), 0))
+    if line_sums is not None:
+        tl.store(line_sums + lines, sums, mask=lines < tl.where(part == 0, LINES, 0))
+    if out is not None:
+        # two factors: one alone could leave float32's range
+        total = total * (tl.load(scale) * (1 / 1099511627776)) * tl.load(power)
+        at = out + lines.to(tl.int64)[:, None] * out_row + d[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _centred_gradient(
+    out, buffer, dots, line_sums, exact, kept, features, line_weights, other_weights, mine, partners, line_grads,
+    partner_grads, own, own_starts, scale, power,
+    LINES, OTHERS, PARTNERS, D, KEPT_LINES, KEPT_OTHERS, kept_line, kept_other, feature_row, feature_column, out_row, mine_row,
+    mine_column, partner_row, partner_column, own_stride, own_offset,
+    OWN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others], of which more may come (LAST)."""
+    if tl.load(exact) != 0:
+        return
+    slices = tl.cdiv(D, BLOCK_D) if PRODUCT else 1
+    part = tl.program_id(0) % slices
+    lines = tl.program_id(0) // slices * BLOCK_L + tl.arange(0, BLOCK_L)
+    d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.arange(0, BLOCK_K)
+    kept_at = kept + lines.to(tl.int64)[:, None] * kept_line + k.to(tl.int64)[None, :] * kept_other
+    feature_at = features + k.to(tl.int64)[:, None] * feature_row + d.to(tl.int64)[None, :] * feature_column
+    a = tl.load(line_weights + lines, mask=lines < LINES, other=0.0)
+    total = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_L,), tl.float32)
+    for start in range(0, OTHERS, BLOCK_K):
+        if EVEN:
+            e = tl.load(kept_at)
+            b = tl.load(other_weights + start + k)
+        else:
+            e = tl.load(kept_at, mask=(lines < KEPT_LINES)[:, None] & (k < KEPT_OTHERS - start)[None, :], other=0.0)
+            b = tl.load(other_weights + start + k, mask=k < OTHERS - start, other=0.0)
+        p = e.to(tl.float32) * (a[:, None] + b[None, :])
+        if line_sums is not None:
+            sums += tl.sum(p, 1)
+        if PRODUCT:
+            if EVEN:
+                f = tl.load(feature_at)
+            else:
+                f = tl.load(feature_at, mask=(k < OTHERS - start)[:, None] & (d < D)[None, :], other=0.0)
+            total = _times(p, f, total)
+        kept_at += BLOCK_K * kept_other
+        feature_at += BLOCK_K * feature_row
+    inside = (lines < LINES)[:, None] & (d < D)[None, :]
+    if not FIRST:
+        if PRODUCT:
+            total += tl.load(buffer + lines.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        if line_sums is not None:
+            sums += tl.load(line_sums + lines, mask=lines < LINES, other=0.0)
+    if LAST:
+        _finish(
+            total, sums, out, dots, line_sums, mine, partners, line_grads, partner_grads, own, own_starts, scale, power, part,
+            lines, d, LINES, PARTNERS, D, out_row, mine_row, mine_column, partner_row, partner_column, own_stride, own_offset, OWN,
+        )  # fmt: skip
+    else:
+        if PRODUCT:
+            tl.store(buffer + lines.to(tl.int64)[:, None] * D + d[None, :], total, mask=inside)
+        if line_sums is not None:
+            tl.store(line_sums + lines, sums, mask=lines < tl.where(part == 0, LINES, 0))
+
+
+@triton.jit
+def _exact_gradient(
+    out, dots, line_sums, exact, x, y, scale, bias, own, row_ids, column_ids, row_weights, column_weights, row_shifts,
+    column_shifts, partners, line_grads, partner_grads, line_own, line_own_starts, power,
+    M, N, D, x_row, x_column, y_row, y_column, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride, out_row,
+    line_own_stride, line_own_offset,
+    OWN: tl.constexpr, LINE_OWN: tl.constexpr, ALONG: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The same where every row and column has its own shift; each program makes the logits that it needs. ALONG: the axis summed."""
+    if tl.load(exact) == 0:
+        return
+    slices = tl.cdiv(D, BLOCK_D)
+    part = tl.program_id(0) % slices
+    block = tl.program_id(0) // slices
+    d = part * BLOCK_D + tl.arange(0, BLOCK_D)
+    BLOCK_L: tl.constexpr = BLOCK_M if ALONG == 1 else BLOCK_N
+    lines = block * BLOCK_L + tl.arange(0, BLOCK_L)
+    total = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_L,), tl.float32)
+    factor = tl.load(scale)
+    for start in range(0, N if ALONG == 1 else M, BLOCK_N if ALONG == 1 else BLOCK_M):
+        if ALONG == 1:
+            rows, columns = lines, start + tl.arange(0, BLOCK_N)
+        else:
+            rows, columns = start + tl.arange(0, BLOCK_M), lines
+        s = factor * products(
+            x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        )
+        if bias is not None:
+            s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
+        kept = kept_pairs(
+            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+        )
+        s = tl.where(kept, s, float("-inf"))
+        a = tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
+        b = tl.load(column_weights + columns, mask=columns < N, other=0.0)[None, :]
+        row_shift = tl.load(row_shifts + rows, mask=rows < M, other=0.0)[:, None]
+        column_shift = tl.load(column_shifts + columns, mask=columns < N, other=0.0)[None, :]
+        p = a * tl.exp2((s - row_shift) * LOG2E) + b * tl.exp2((s - column_shift) * LOG2E)
+        sums += tl.sum(p, ALONG)
+        others = columns if ALONG == 1 else rows
+        if ALONG == 1:
+            at = y + others.to(tl.int64)[:, None] * y_row + d.to(tl.int64)[None, :] * y_column
+            f = tl.load(at, mask=(others < N)[:, None] & (d < D)[None, :], other=0.0)
+            total = _times(p, f, total)
+        else:
+            at = x + others.to(tl.int64)[:, None] * x_row + d.to(tl.int64)[None, :] * x_column
+            f = tl.load(at, mask=(others < M)[:, None] & (d < D)[None, :], other=0.0)
+            total = _times(tl.trans(p), f, total)
+    if ALONG == 1:
+        _finish(
+            total, sums, out, dots, line_sums, x, partners, line_grads, partner_grads, line_own, line_own_starts, scale, power,
+            part, lines, d, M, N, D, out_row, x_row, x_column, y_row, y_column, line_own_stride, line_own_offset, LINE_OWN,
+        )  # fmt: skip
+    else:
+        _finish(
+            total, sums, out, dots, line_sums, y, partners, line_grads, partner_grads, line_own, line_own_starts, scale, power,
+            part, lines, d, N, M, D, out_row, y_row, y_column, x_row, x_column, line_own_stride, line_own_offset, LINE_OWN,
+        )  # fmt: skip
+
+
+class Unit:
+    """What weights are divided by: the power of two below the largest incoming gradient, over WEIGHT_SCALE."""
+
+    def __init__(self, *gradients: Tensor) -> None:
+        largest = torch.cat([*gradients, gradients[0].new_zeros(1)]).abs().amax().double()
+        largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+        self.power = largest / torch.frexp(largest).mantissa / 2  # [] exact
+
+    def lift(self, t: Tensor) -> Tensor:
+        return t.double() * (WEIGHT_SCALE / self.power)
+
+
+class Side:
+    """Rows or columns: features [L, D], incoming gradients [L], and the weights of their exponentials [L], in units."""
+
+    def __init__(self, features: Tensor, stats: Tensor, gradients: Tensor, unit: Unit) -> None:
+        lifted = unit.lift(gradients)
+        self.features, self.shifts, self.gradients = features, stats[1], lifted.float()
+        self.weights = torch.where(stats[0] == 0, 0, lifted / stats[0].double()).float()
+
+
+Own = tuple[int, Tensor | None, Tensor | None, int]  # its kind, indices, where each line's begin (LISTS), offset
+
+
+def own_of_rows(own: Tensor | None, own_offset: int | None) -> Own:
+    """Each row's own column."""
+    return (INDEX, own, None, 0) if own is not None else (NO_OWN if own_offset is None else OFFSET, None, None, own_offset or 0)
+
+
+def own_of_columns(own: Tensor | None, own_offset: int | None, n: int) -> Own:
+    """The rows of which each column is the own one."""
+    if own is None:
+        return NO_OWN if own_offset is None else OFFSET, None, None, -(own_offset or 0)
+    ordered, order = own.sort(stable=True)
+    return LISTS, order, torch.searchsorted(ordered, torch.arange(n + 1, device=own.device)), 0
+
+
+class Gradient:
+    """The gradient of one side's features, of the scale and of the bias (of columns alone), as far as they are wanted."""
+
+    def __init__(
+        self, lines: Side, others: Side, own: Own, scale: Tensor, unit: Unit, exact: Tensor,
+        want_features: bool, want_scale: bool, want_bias: bool,
+    ) -> None:  # fmt: skip
+        self.lines, self.others, self.own, self.scale, self.unit, self.exact = lines, others, own, scale, unit, exact
+        count, width = lines.features.shape
+        self.out = lines.features.new_empty((count if want_features else 0, width))
+        self.sums = others.weights.new_empty(count if want_bias else 0)
+        self.want_features, self.want_scale, self.want_bias = want_features, want_scale, want_bias
+        self.dots: list[Tensor] = []
+        self.buffer: Tensor | None = None
+
+    def add(self, kept: Tensor, lines: slice, others: slice, first: bool = True, last: bool = True) -> None:
+        """The part of exponentials kept [lines, others]; `others` in several parts, `first` to `last`."""
+        product = self.want_features or self.want_scale
+        if not (product or self.want_bias):
+            return
+        mine, features = self.lines.features[lines], self.others.features[others]
+        chosen = tile("pair_gradient", mine)
+        (count, d), total = mine.shape, features.shape[0]
+        chosen["BLOCK_D"] = min(chosen["BLOCK_D"], max(16, triton.next_power_of_2(d)))
+        grid = (cdiv(count, chosen["BLOCK_L"]) * (max(1, cdiv(d, chosen["BLOCK_D"])) if product else 1),)
+        if not (first and last) and self.buffer is None and product:
+            self.buffer = kept.new_empty((count, d), dtype=torch.float32)
+        kind, own, starts, offset = self.own
+        if kind == INDEX:
+            own = own[lines]
+        even = count % chosen["BLOCK_L"] == 0 and total % chosen["BLOCK_K"] == 0 and d % chosen["BLOCK_D"] == 0
+        launch(
+            _centred_gradient, grid,
+            out=self.out[lines] if self.want_features else None, buffer=self.buffer,
+            dots=self._new_dots(grid) if self.want_scale and last else None, line_sums=self.sums if self.want_bias else None,
+            exact=self.exact, kept=kept, features=features, line_weights=self.lines.weights[lines],
+            other_weights=self.others.weights[others], mine=mine, partners=self.others.features,
+            line_grads=self.lines.gradients[lines], partner_grads=self.others.gradients, own=own, own_starts=starts,
+            scale=self.scale, power=self.unit.power.float(), LINES=count, OTHERS=total, PARTNERS=self.others.features.shape[0],
+            D=d, KEPT_LINES=kept.shape[0], KEPT_OTHERS=kept.shape[1], kept_line=kept.stride(0), kept_other=kept.stride(1),
+            feature_row=features.stride(0), feature_column=features.stride(1), out_row=d, mine_row=mine.stride(0),
+            mine_column=mine.stride(1), partner_row=self.others.features.stride(0),
+            partner_column=self.others.features.stride(1), own_stride=stride(own), own_offset=offset + lines.start,
+            OWN=kind, FIRST=first, LAST=last, PRODUCT=product, EVEN=even, **chosen,
+        )  # fmt: skip
+
+    def add_exact(self, pairs: Pairs, along: int) -> None:
+        """The whole gradient where `exact` is set; `along`: the axis of the logits that is summed."""
+        if not (self.want_features or self.want_scale or self.want_bias):
+            return
+        chosen = tile("pair_exact_gradient", pairs.x)
+        count, d = self.lines.features.shape
+        chosen["BLOCK_D"] = min(chosen["BLOCK_D"], max(16, triton.next_power_of_2(d)))
+        grid = (cdiv(count, chosen["BLOCK_M" if along else "BLOCK_N"]) * max(1, cdiv(d, chosen["BLOCK_D"])),)
+        rows, columns = (self.lines, self.others) if along else (self.others, self.lines)
+        kind, own, starts, offset = self.own
+        launch(
+            _exact_gradient, grid,
+            out=self.out if self.want_features else None, dots=self._new_dots(grid) if self.want_scale else None,
+            line_sums=self.sums if self.want_bias else None, exact=self.exact, row_weights=rows.weights,
+            column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts, partners=self.others.features,
+            line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
+            power=self.unit.power.float(), out_row=d, line_own_stride=stride(own), line_own_offset=offset, LINE_OWN=kind,
+            ALONG=along, EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(pairs.x.dtype),
+            **pairs.arguments(0, pairs.x.shape[0]), **chosen,
+        )  # fmt: skip
+
+    def _new_dots(self, grid: tuple[int, ...]) -> Tensor:
+        self.dots.append(self.lines.weights.new_zeros(grid))  # zeros: one of the two forms does not run
+        return self.dots[-1]
+
+    def scale_gradient(self) -> Tensor:
+        """[1]"""
+        total = torch.cat(self.dots).sum(dtype=torch.float64) * (self.unit.power / WEIGHT_SCALE)
+        return total.float().reshape(1)
+
+    def bias_gradient(self) -> Tensor:
+        """[L], empty where it is not wanted"""
+        return (self.sums.double() * (self.unit.power / WEIGHT_SCALE)).float()

@@ -1,0 +1,169 @@
+"""The sums of pair_logsumexp in Triton: the centred exponentials tile by tile, and the exact form with running maxima."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vlpfast.ops._triton import cdiv, grouped, launch
+from vlpfast.ops.contrastive.triton_tiles import kept_pairs, own_kind, precision, products, stride, tile
+
+MAX_EXPONENT = 87.0  # centred exponentials stay below exp of it, as in csrc/contrastive/problem.h
+
+LOG2E = tl.constexpr(1 / math.log(2))
+
+
+@triton.jit
+def _centred(
+    row_partial, column_partial, kept_rows, exact, x, y, scale, bias, shift, own, row_ids, column_ids,
+    M, N, D, KEPT, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
+    column_ids_stride,
+    OWN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile of E = exp(S - shift): its row sums, its column sums, itself into the first KEPT rows of `kept_rows`."""
+    if exact is not None:
+        if tl.load(exact) != 0:
+            return
+    block_row, block_column = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    rows = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = products(
+        x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+    )
+    offset = -tl.load(shift)
+    if bias is not None:
+        offset += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
+    e = tl.exp2(total * (tl.load(scale) * LOG2E) + offset * LOG2E)
+    kept = kept_pairs(
+        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+    )
+    e = tl.where(kept, e, 0.0)
+    if row_partial is not None:
+        tl.store(row_partial + block_column.to(tl.int64) * M + rows, tl.sum(e, 1), mask=rows < M)
+    if column_partial is not None:
+        tl.store(column_partial + block_row.to(tl.int64) * N + columns, tl.sum(e, 0), mask=columns < N)
+    if kept_rows is not None:
+        at = kept_rows + rows.to(tl.int64)[:, None] * kept_row + columns[None, :]
+        tl.store(at, e.to(kept_rows.dtype.element_ty), mask=(rows < KEPT)[:, None] & (columns < kept_row)[None, :])
+
+
+@triton.jit
+def _exact_sums(
+    sums, shifts, exact, x, y, scale, bias, own, row_ids, column_ids,
+    M, N, D, x_row, x_column, y_row, y_column, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
+    OWN: tl.constexpr, ALONG: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sums of exp(S - shift) along axis ALONG, the shift being the largest logit there; only where `exact` is set."""
+    if tl.load(exact) == 0:
+        return
+    LINES: tl.constexpr = BLOCK_M if ALONG == 1 else BLOCK_N
+    largest = tl.full((LINES,), float("-inf"), tl.float32)
+    total = tl.zeros((LINES,), tl.float64)
+    factor = tl.load(scale)
+    for start in range(0, N if ALONG == 1 else M, BLOCK_N if ALONG == 1 else BLOCK_M):
+        if ALONG == 1:
+            rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+        else:
+            rows, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        s = factor * products(
+            x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        )
+        if bias is not None:
+            s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
+        kept = kept_pairs(
+            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+        )
+        s = tl.where(kept, s, float("-inf"))
+        raised = tl.maximum(largest, tl.max(s, ALONG))
+        usable = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - (-inf) is no number
+        e = tl.exp2((s - tl.expand_dims(usable, ALONG)) * LOG2E)
+        total = total * tl.exp2((largest - usable) * LOG2E).to(tl.float64) + tl.sum(e, ALONG).to(tl.float64)
+        largest = raised
+    lines = tl.program_id(0) * LINES + tl.arange(0, LINES)
+    inside = lines < (M if ALONG == 1 else N)
+    tl.store(sums + lines, total, mask=inside)
+    tl.store(shifts + lines, tl.where(largest == float("-inf"), 0.0, largest), mask=inside)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The matrix of logits that the kernels are about; the arguments of pair_fwd_triton."""
+
+    x: Tensor  # [M, D]
+    y: Tensor  # [N, D]
+    scale: Tensor  # []
+    bias: Tensor | None  # [] or [N]
+    own: Tensor | None  # [M]
+    own_offset: int | None
+    row_ids: Tensor | None  # [M]
+    column_ids: Tensor | None  # [N]
+
+    def centre(self) -> Tensor:
+        """[1]: c = max(0, B - MAX_EXPONENT + ln max(M, N) + 1) where B bounds the logits: no exponential and no sum overflows."""
+        m, n = self.x.shape[0], self.y.shape[0]
+        if m == 0 or n == 0:
+            return self.x.new_zeros(1, dtype=torch.float32)
+        norms = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float32).amax(0, keepdim=True) for t in (self.x, self.y)]
+        bound = self.scale.abs() * norms[0] * norms[1]
+        if self.bias is not None:
+            bound = bound + self.bias.amax()
+        return (bound - MAX_EXPONENT + math.log(max(m, n)) + 1).clamp(min=0)  # keeps NaN
+
+    def centred(
+        self, shift: Tensor, begin: int, end: int, kept: Tensor, sum_rows: bool = False, sum_columns: bool = False,
+        exact: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """Sums of exp(S - shift) over rows [begin, end), by tile: [blocks of columns, end - begin], [blocks of rows, N].
+
+        The first len(kept) rows of the exponentials themselves are written into `kept`; nothing is done where `exact` is set.
+        """
+        chosen = tile("pair_centred", self.x)
+        m, (n, d) = end - begin, self.y.shape
+        blocks = cdiv(m, chosen["BLOCK_M"]), cdiv(n, chosen["BLOCK_N"])
+        new = {"dtype": torch.float32}
+        row_partial = self.x.new_empty(blocks[1], m, **new) if sum_rows else None
+        column_partial = self.x.new_empty(blocks[0], n, **new) if sum_columns else None
+        launch(
+            _centred, (blocks[0] * blocks[1],),
+            row_partial=row_partial, column_partial=column_partial, kept_rows=kept if kept.shape[0] else None, exact=exact,
+            shift=shift, KEPT=kept.shape[0], kept_row=kept.stride(0), **self.arguments(begin, end),
+            EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
+        )  # fmt: skip
+        return row_partial, column_partial
+
+    def exact_sums(self, sums: Tensor, shifts: Tensor, exact: Tensor, along: int) -> None:
+        """Where `exact` is set: `sums` (float64) of exp(S - shift) along axis 1 or 0, each with its own of `shifts`."""
+        chosen = tile("pair_exact", self.x)
+        m, d = self.x.shape
+        grid = (cdiv(m, chosen["BLOCK_M"]) if along else cdiv(self.y.shape[0], chosen["BLOCK_N"]),)
+        launch(
+            _exact_sums, grid, sums=sums, shifts=shifts, exact=exact, **self.arguments(0, m), ALONG=along,
+            EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
+        )  # fmt: skip
+
+    def arguments(self, begin: int, end: int) -> dict[str, object]:
+        x, own, row_ids = (None if t is None else t[begin:end] for t in (self.x, self.own, self.row_ids))
+        y = self.y
+        return {
+            "x": x, "y": y, "scale": self.scale, "bias": self.bias, "own": own, "row_ids": row_ids, "column_ids": self.column_ids,
+            "M": end - begin, "N": y.shape[0], "D": y.shape[1],
+            "x_row": x.stride(0), "x_column": x.stride(1), "y_row": y.stride(0), "y_column": y.stride(1),
+            "bias_stride": stride(self.bias), "own_stride": stride(own), "own_offset": (self.own_offset or 0) + begin,
+            "row_ids_stride": stride(row_ids), "column_ids_stride": stride(self.column_ids),
+            "OWN": own_kind(own, self.own_offset),
+        }  # fmt: skip
+
+
+def chunks(begin: int, end: int, bytes_of_a_row: int, most: int) -> Iterator[tuple[int, int]]:
+    """[begin, end) in parts of at most `most` bytes, each a multiple of 128 rows long but the last."""
+    size = max(128, most // max(1, bytes_of_a_row) // 128 * 128)
+    for at in range(begin, end, size):
+        yield at, min(end, at + size)
