@@ -232,7 +232,7 @@ def with_budget(function: Callable[..., Any], stash_bytes: int) -> Callable[...,
 
 OPS = {
     f"{function.__name__}, {plan}": Op(
-        with_budget(function, budget), contrastive.KERNELS, ("x", "y"), ("scale", "bias"), cases, logarithms
+        with_budget(function, budget), contrastive.pair.KERNELS, ("x", "y"), ("scale", "bias"), cases, logarithms
     )
     for function, cases, logarithms in (
         (contrastive.pair_logsumexp, PAIR_CASES, True),

@@ -103,3 +103,17 @@ def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, n
         x.new_empty(1 if need_scale else 0, **new),
         x.new_empty(y.shape[0] if need_bias else 0, **new),
     )
+
+
+# Arguments as pair_fwd's; seed is 0-d int64. The columns drawn for each row, [M, count] int64, -1 where there are too few.
+torch.library.define(
+    "vlpfast::sample_hard_negatives",
+    "(Tensor x, Tensor y, Tensor scale, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
+    "SymInt count, float uniform, Tensor seed) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("vlpfast::sample_hard_negatives")
+def _(x: Tensor, y: Tensor, scale, own, own_offset, row_ids, column_ids, count, uniform, seed):
+    return x.new_empty((x.shape[0], count), dtype=torch.int64)

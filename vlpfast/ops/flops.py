@@ -40,3 +40,8 @@ def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=No
 def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     need_x, need_y, need_scale = args[7:10]
     return _product(x_shape, y_shape) * (1 + (need_x or (need_scale and not need_y)) + need_y)
+
+
+@register_flop_formula(torch.ops.vlpfast.sample_hard_negatives)
+def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    return _product(x_shape, y_shape)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlpfast.ops import backends, contrastive
+from vlpfast.ops import backends
+from vlpfast.ops.contrastive import (
+    clip_loss,
+    pair,
+    pair_logsumexp,
+    pair_softplus,
+    sample,
+    sample_hard_negatives,
+    sigmoid_loss,
+    softplus,
+)
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -23,48 +33,60 @@ TOLERANCES = {
 class Check:
     op: str
     backend: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: this operator has no kernel of this backend, nothing was checked
     ok: bool
     detail: str  # the largest errors, or what was raised
 
 
 def check() -> list[Check]:
     there = [name for name, reason in backends.available().items() if not reason]
-    return [
-        _check(op, backend, backends.device_type(backend), dtype)
-        for op, (_, kernels) in _CASES.items()
-        for backend in there
-        for dtype in TOLERANCES
-        if backends.takes(backend, dtype) and (backend == "reference" or backend in kernels)
-    ]
+    return [found for op in _CASES for backend in there for found in _checks(op, backend)]
+
+
+def _checks(op: str, backend: str) -> list[Check]:
+    kernels = _CASES[op][1]
+    if backend != "reference" and backend not in kernels:
+        return [Check(op, backend, None, True, f"{op} has no {backend} kernel")]
+    return [_check(op, backend, backends.device_type(backend), dtype) for dtype in TOLERANCES if backends.takes(backend, dtype)]
 
 
 def _pair_logsumexp(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
-    return contrastive.pair_logsumexp(x, y, scale, own=len(y) - len(x), leave_out=(ids[: len(x)], ids[: len(y)]), bias=bias)
+    return pair_logsumexp(x, y, scale, own=len(y) - len(x), leave_out=(ids[: len(x)], ids[: len(y)]), bias=bias)
 
 
 def _clip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
-    return (contrastive.clip_loss(x, y[: len(x)], scale, stash_bytes=0),)
+    return (clip_loss(x, y[: len(x)], scale, stash_bytes=0),)
 
 
 def _pair_softplus(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
     ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
     own = torch.arange(len(x), device=x.device) // 2  # columns repeat
     left_out = (ids[: len(x)], ids[: len(y)])
-    return (contrastive.pair_softplus(x, y, scale, own=own, leave_out=left_out, bias=bias - 3, negative_weight=0.5),)
+    return (pair_softplus(x, y, scale, own=own, leave_out=left_out, bias=bias - 3, negative_weight=0.5),)
 
 
 def _sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
-    return (contrastive.sigmoid_loss(x, y, scale, bias[0] - 10, own=len(y) - len(x)),)
+    return (sigmoid_loss(x, y, scale, bias[0] - 10, own=len(y) - len(x)),)
 
 
-# operator -> a call of it, its kernels
-_CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], dict[str, str]]] = {
-    "pair_logsumexp": (_pair_logsumexp, contrastive.KERNELS),
-    "clip_loss": (_clip_loss, contrastive.KERNELS),
-    "pair_softplus": (_pair_softplus, contrastive.softplus.KERNELS),
-    "sigmoid_loss": (_sigmoid_loss, contrastive.softplus.KERNELS),
+def _sample_hard_negatives(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    """The logits of what is drawn: other draws, other logits."""
+    ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
+    columns = sample_hard_negatives(
+        x, y, scale, 3, own=len(y) - len(x), leave_out=(ids[: len(x)], ids[: len(y)]), uniform=1e-2,
+        seed=torch.tensor(5, device=x.device),
+    )  # fmt: skip
+    return (scale * (x[:, None].to(scale.dtype) * y[columns].to(scale.dtype)).sum(2),)
+
+
+# operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
+_CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
+    "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
+    "clip_loss": (_clip_loss, pair.KERNELS),
+    "pair_softplus": (_pair_softplus, softplus.KERNELS),
+    "sigmoid_loss": (_sigmoid_loss, softplus.KERNELS),
+    "sample_hard_negatives": (_sample_hard_negatives, sample.KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 

@@ -7,6 +7,7 @@ added beside them, so that a loss near zero keeps its full relative precision (s
 from vlpfast.ops.contrastive.distributed import sharded_clip_loss, sharded_sigmoid_loss
 from vlpfast.ops.contrastive.losses import clip_loss, debiased_contrastive_loss, lit_loss, matryoshka_loss, nt_xent_loss
 from vlpfast.ops.contrastive.pair import KERNELS, pair_logsumexp
+from vlpfast.ops.contrastive.sample import sample_hard_negatives
 from vlpfast.ops.contrastive.softplus import pair_softplus, sigmoid_loss
 from vlpfast.ops.contrastive.supervised import (
     group_contrastive_loss,
@@ -26,6 +27,7 @@ __all__ = [
     "nt_xent_loss",
     "pair_logsumexp",
     "pair_softplus",
+    "sample_hard_negatives",
     "sharded_clip_loss",
     "sharded_sigmoid_loss",
     "sigmoid_loss",

@@ -78,7 +78,8 @@ def pair_logsumexp(x, y, scale, *, own=0, leave_out=None, bias=None, directions=
         rows [M], cols [N] in float32 (float64 for float64 features); -inf where every pair is left out.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host.
+        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host (on a
+            device under VLPFAST_DEBUG=1).
     """
     x, y, scale, bias = _checked(x, y, scale, own, leave_out, bias, directions, stash_bytes)
     device = x.device.type

@@ -13,7 +13,8 @@ from vlpfast.ops.contrastive._checks import (
     check_bias,
     check_features,
     check_leave_out,
-    check_negative_weight,
+    check_loss_scale,
+    check_nonnegative,
     check_own,
     check_scale,
     same_dtype,
@@ -54,7 +55,8 @@ def pair_softplus(
         in float32 negatives with logits below -87.3 count nothing.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host.
+        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host (on a
+            device under VLPFAST_DEBUG=1).
     """
     x, y, scale, bias, negative_weight = _checked(x, y, scale, own, leave_out, bias, negative_weight)
     device = x.device.type
@@ -81,6 +83,7 @@ def sigmoid_loss(
     or None. See `pair_softplus` for all arguments. Returns a 0-d tensor, float32 (float64 for float64 features); 0 for M = 0.
     Zhai et al. 2023, "Sigmoid loss for language image pre-training".
     """
+    check_loss_scale(scale)
     return pair_softplus(x, y, scale, own=own, leave_out=leave_out, bias=bias) / max(1, x.shape[0])
 
 
@@ -104,7 +107,8 @@ def _checked(x, y, scale, own, leave_out, bias, negative_weight) -> tuple[Tensor
         check_leave_out(leave_out, m, n, x.device)
     if bias is not None:
         bias = check_bias(bias, x, n)
-    return x, y, scale, bias, 1.0 if negative_weight is None else check_negative_weight(negative_weight)
+    weight = 1.0 if negative_weight is None else check_nonnegative("negative_weight", negative_weight, "a float or None")
+    return x, y, scale, bias, weight
 
 
 class PairSoftplus(torch.autograd.Function):
