@@ -33,22 +33,22 @@ def same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def check_scale(scale: Any, x: Tensor) -> Tensor:
+def check_scale(scale: Any, x: Tensor, name: str = "scale") -> Tensor:
     """`scale` as a 0-d tensor of the dtype that sums beside x have."""
     dtype = accumulate_dtype(x.dtype)
     if isinstance(scale, Tensor):
-        check_tensor("scale", scale, x.device, DTYPES, None)
+        check_tensor(name, scale, x.device, DTYPES, None)
         return scale.to(dtype)
     if isinstance(scale, float | int) and not isinstance(scale, bool):
         if not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"scale: expected a finite number >= 0, got {scale}")
+            raise ValueError(f"{name}: expected a finite number >= 0, got {scale}")
         return torch.full((), scale, dtype=dtype, device=x.device)
-    raise TypeError(f"scale: expected a float or a 0-d tensor, got {type(scale).__name__}")
+    raise TypeError(f"{name}: expected a float or a 0-d tensor, got {type(scale).__name__}")
 
 
-def check_bias(bias: Tensor, x: Tensor, n: int) -> Tensor:
+def check_bias(bias: Tensor, x: Tensor, n: int, name: str = "bias") -> Tensor:
     """`bias`, 0-d or [n], in the dtype that sums beside x have."""
-    check_tensor("bias", bias, x.device, DTYPES, None if isinstance(bias, Tensor) and bias.ndim == 0 else n)
+    check_tensor(name, bias, x.device, DTYPES, None if isinstance(bias, Tensor) and bias.ndim == 0 else n)
     return bias.to(accumulate_dtype(x.dtype))
 
 
@@ -110,6 +110,18 @@ def check_more_features(name: str, features: Any, x: Tensor) -> None:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {features.dtype}")
     if features.ndim != 2 or features.shape[1] != x.shape[-1]:
         raise ValueError(f"{name}: expected shape [rows, {x.shape[-1]}] beside x, got {tuple(features.shape)}")
+    if features.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} as x has, got {features.device}")
+
+
+def check_rows(name: str, features: Any, rows: int, x: Tensor) -> None:
+    """Features [rows, any width] beside x."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
+    if features.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {features.dtype}")
+    if features.ndim != 2 or features.shape[0] != rows:
+        raise ValueError(f"{name}: expected shape [{rows}, width], got {tuple(features.shape)}")
     if features.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} as x has, got {features.device}")
 
@@ -197,3 +209,12 @@ def check_negative_weight(negative_weight: Any) -> float:
     if not (math.isfinite(negative_weight) and negative_weight >= 0):
         raise ValueError(f"negative_weight: expected a finite number >= 0, got {negative_weight}")
     return float(negative_weight)
+
+
+def check_alpha(alpha: Any, x: Tensor) -> None:
+    if isinstance(alpha, Tensor):
+        check_tensor("alpha", alpha, x.device, DTYPES, None)
+    elif not _is_number(alpha):
+        raise TypeError(f"alpha: expected a number or a 0-d tensor, got {alpha!r}")
+    elif not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
