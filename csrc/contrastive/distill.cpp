@@ -302,7 +302,7 @@ template <class T> Forward forward(const Distillation<T>& d, bool want_slopes, i
                 const double numbers[] = {s.sum, s.shift, t.sum, t.shift};
                 for (int64_t k = 0; k < 4; ++k)
                     stats_out[k * M + i] = static_cast<T>(numbers[k]);
-                if (!weighted)
+                if (!want_slopes)
                     continue;
                 const int64_t strip = r / rows.strips.size, begin = rows.strips.begin(strip);
                 const int64_t at[] = {begin + r, begin + r + rows.strips.length(strip)}; // in the order of Rows

@@ -58,8 +58,22 @@ def _sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Te
     return (contrastive.sigmoid_loss(x, y, scale, bias[0] - 10, own=len(y) - len(x)),)
 
 
+def _pair_distill(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
+    own = torch.arange(len(x), device=x.device) // 2  # columns repeat
+    left_out = (ids[: len(x)], ids[: len(y)])
+    x_t, y_t = x.flip(1), y.roll(1, 1)
+    return contrastive.pair_distill(x, y, x_t, y_t, scale, 0.7 * scale, own=own, leave_out=left_out, bias_t=bias)
+
+
+def _distilled_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    n, x_t = len(x), x.flip(1)
+    return (contrastive.distilled_contrastive_loss(x, y[:n], x_t, y[:n].roll(1, 1), scale, 0.4, row_negatives=y, col_negatives=x),)
+
+
 _CASES: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pair_logsumexp": _pair_logsumexp, "clip_loss": _clip_loss}
 _CASES |= {"pair_softplus": _pair_softplus, "sigmoid_loss": _sigmoid_loss}
+_CASES |= {"pair_distill": _pair_distill, "distilled_contrastive_loss": _distilled_contrastive_loss}
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 
 
