@@ -11,7 +11,10 @@ from torch import Tensor
 from vlpfast.ops import backends
 from vlpfast.ops.contrastive import (
     clip_loss,
+    distill,
+    distilled_contrastive_loss,
     pair,
+    pair_distill,
     pair_logsumexp,
     pair_softplus,
     sample,
@@ -80,6 +83,19 @@ def _sample_hard_negatives(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) ->
     return (scale * (x[:, None].to(scale.dtype) * y[columns].to(scale.dtype)).sum(2),)
 
 
+def _pair_distill(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
+    own = torch.arange(len(x), device=x.device) // 2  # columns repeat
+    left_out = (ids[: len(x)], ids[: len(y)])
+    x_t, y_t = x.flip(1), y.roll(1, 1)
+    return pair_distill(x, y, x_t, y_t, scale, 0.7 * scale, own=own, leave_out=left_out, bias_t=bias)
+
+
+def _distilled_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    n, x_t = len(x), x.flip(1)
+    return (distilled_contrastive_loss(x, y[:n], x_t, y[:n].roll(1, 1), scale, 0.4, row_negatives=y, col_negatives=x),)
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -87,6 +103,8 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "pair_softplus": (_pair_softplus, softplus.KERNELS),
     "sigmoid_loss": (_sigmoid_loss, softplus.KERNELS),
     "sample_hard_negatives": (_sample_hard_negatives, sample.KERNELS),
+    "pair_distill": (_pair_distill, distill.KERNELS),
+    "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 
