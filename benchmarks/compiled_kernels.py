@@ -43,7 +43,7 @@ def pair_logsumexp(dtype: torch.dtype, keep: int) -> None:
     x, y = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
     scale = torch.empty((), device="meta")
     problem = x, y, scale, None, None, 0, None, None
-    rows, columns, *saved = triton_pair.forward(*problem, True, True, keep)
+    rows, columns, *saved = triton_pair.forward(*problem, True, True, True, keep)
     triton_pair.backward(rows, columns, *problem, True, True, *saved, True, True, True, False)
 
 

@@ -26,9 +26,13 @@ _PAIR_BWD = (
     "bool need_x, bool need_y, bool need_scale, bool need_bias) "
     "-> (Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
 )
-for _suffix in ("", "_triton"):
-    torch.library.define(f"vlpfast::pair_fwd{_suffix}", _PAIR_FWD, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.define(f"vlpfast::pair_bwd{_suffix}", _PAIR_BWD, tags=torch.Tag.pt2_compliant_tag)
+torch.library.define("vlpfast::pair_fwd", _PAIR_FWD, tags=torch.Tag.pt2_compliant_tag)
+torch.library.define("vlpfast::pair_bwd", _PAIR_BWD, tags=torch.Tag.pt2_compliant_tag)
+# want_scale: the derivatives of rows and columns by the scale stand in row 2 of the stats [3, M] and [3, N].
+torch.library.define(
+    "vlpfast::pair_fwd_triton", _PAIR_FWD.replace("SymInt keep", "bool want_scale, SymInt keep"), tags=torch.Tag.pt2_compliant_tag
+)
+torch.library.define("vlpfast::pair_bwd_triton", _PAIR_BWD, tags=torch.Tag.pt2_compliant_tag)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,14 +52,21 @@ def stash_shape(m: int, n: int, keep: int) -> tuple[int, int]:
 
 
 @torch.library.register_fake("vlpfast::pair_fwd_triton")
-def _(x: Tensor, y: Tensor, *arguments):
-    *_, keep = arguments
-    stash = x.new_empty(stash_shape(x.shape[0], y.shape[0], keep), dtype=stash_dtype("triton", x.dtype))
-    return *_pair_fwd(x, y, *arguments)[:-1], stash
+def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, want_scale, keep):
+    m, n = x.shape[0], y.shape[0]
+    new = {"dtype": torch.float32}
+    return (
+        x.new_empty(m if want_rows else 0, **new),
+        x.new_empty(n if want_columns else 0, **new),
+        x.new_empty((3, m), **new),
+        x.new_empty((3, n), **new),
+        x.new_empty((), dtype=torch.bool),
+        x.new_empty(stash_shape(m, n, keep), dtype=stash_dtype("triton", x.dtype)),
+    )
 
 
 @torch.library.register_fake("vlpfast::pair_fwd")
-def _pair_fwd(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, keep):
+def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, keep):
     m, n = x.shape[0], y.shape[0]
     new = {"dtype": accumulate_dtype(x.dtype)}
     return (

@@ -107,3 +107,13 @@ def to_tf32(t):
     """Rounded to the ten mantissa bits that a tf32 product reads; it would cut the others off, always towards zero."""
     bits = (t.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
     return tl.where(t == t, bits.to(tl.float32, bitcast=True), t)  # a NaN could come out as a number
+
+
+@triton.jit
+def narrow(t, DTYPE: tl.constexpr):
+    """float32 in another dtype, rounded to nearest."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter would cut the low bits off
+        bits = t.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        t = tl.where(t == t, rounded.to(tl.float32, bitcast=True), t)
+    return t.to(DTYPE)

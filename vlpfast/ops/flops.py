@@ -28,12 +28,19 @@ def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     return _product(x_shape, y_shape)
 
 
-@register_flop_formula([torch.ops.vlpfast.pair_bwd, torch.ops.vlpfast.pair_bwd_triton])
+@register_flop_formula(torch.ops.vlpfast.pair_bwd)
 def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     stash_shape, need_x, need_y, need_scale = args[11], args[12], args[13], args[14]
-    kept = math.prod(stash_shape) if len(stash_shape) == 1 else stash_shape[0] * y_shape[0]  # Triton's rows are padded
-    recomputed = 2 * (x_shape[0] * y_shape[0] - kept) * x_shape[1]
+    recomputed = 2 * (x_shape[0] * y_shape[0] - math.prod(stash_shape)) * x_shape[1]
     return recomputed + _product(x_shape, y_shape) * ((need_x or (need_scale and not need_y)) + need_y)
+
+
+@register_flop_formula(torch.ops.vlpfast.pair_bwd_triton)
+def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    """The scale's gradient is a matter of the forward; only a gradient of features or bias needs the exponentials again."""
+    (kept_rows, _), need_x, need_y, need_bias = args[11], args[12], args[13], args[15]
+    recomputed = 2 * (x_shape[0] - kept_rows) * y_shape[0] * x_shape[1] if need_x or need_y or need_bias else 0
+    return recomputed + _product(x_shape, y_shape) * (need_x + need_y)
 
 
 @register_flop_formula(torch.ops.vlpfast.pair_softplus)

@@ -9,19 +9,21 @@ from torch import Tensor
 
 
 class PairLogsumexp(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.pair_fwd (vlpfast/ops/_schemas.py) of one backend; rows and columns have gradients.
+    """Arguments and results of torch.ops.vlpfast.pair_fwd of one backend (vlpfast/ops/_schemas.py); rows and columns have gradients.
 
     It has no jvp of its own (Dynamo refuses a Function that has one), so forward-mode differentiation ends in torch's error.
     """
 
     @staticmethod
-    def forward(backend, x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, keep):
-        operator = torch.ops.vlpfast.pair_fwd_triton if backend == "triton" else torch.ops.vlpfast.pair_fwd
-        return operator(x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, keep)
+    def forward(backend, x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, want_scale, keep):
+        problem = x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns
+        if backend == "triton":
+            return torch.ops.vlpfast.pair_fwd_triton(*problem, want_scale, keep)
+        return torch.ops.vlpfast.pair_fwd(*problem, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.backend, x, y, scale, bias, own, ctx.own_offset, row_ids, column_ids, ctx.want_rows, ctx.want_columns, _ = inputs
+        ctx.backend, x, y, scale, bias, own, ctx.own_offset, row_ids, column_ids, ctx.want_rows, ctx.want_columns, _, _ = inputs
         saved = output[2:]  # row_stats, column_stats, exact, stash
         ctx.save_for_backward(x, y, scale, bias, own, row_ids, column_ids, *saved)
         ctx.mark_non_differentiable(*saved)
@@ -47,7 +49,7 @@ class PairLogsumexp(torch.autograd.Function):
             dy if need_y else None,
             dscale.reshape(()) if need_scale else None,
             dbias if need_bias else None,
-            *[None] * 7,
+            *[None] * 8,
         )
 
     @staticmethod

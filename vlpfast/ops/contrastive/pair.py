@@ -105,7 +105,7 @@ def _pair_logsumexp(x, y, scale, own, leave_out, bias, directions, stash_bytes):
         keep = stash_bytes // stash_dtype(backend, x.dtype).itemsize if differentiable else 0
         rows, cols, *_ = PairLogsumexp.apply(
             backend, x, y, scale, bias, own_index, own_offset, row_ids, column_ids,
-            directions != "cols", directions != "rows", keep,
+            directions != "cols", directions != "rows", differentiable and scale.requires_grad, keep,
         )  # fmt: skip
     return {"both": (rows, cols), "rows": rows, "cols": cols}[directions]
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops._triton import cdiv, dot, launch, to_tf32
+from vlpfast.ops._triton import cdiv, dot, launch, narrow, to_tf32
 from vlpfast.ops.contrastive.triton_sums import LOG2E, Pairs
 from vlpfast.ops.contrastive.triton_tiles import INDEX, LISTS, NO_OWN, OFFSET, kept_pairs, precision, products, stride, tile
 
@@ -25,7 +25,7 @@ WEIGHT_SCALE = 2.0**40  # how far weights are lifted, so that small ones stay no
 def _times(p, features, total):
     """total + p @ features with p in a dtype that the features' product takes."""
     if features.dtype == tl.bfloat16:
-        return dot(p.to(tl.bfloat16), features, total, "tf32")
+        return dot(narrow(p, tl.bfloat16), features, total, "tf32")
     elif features.dtype == tl.float16:
         return dot(to_tf32(p), features.to(tl.float32), total, "tf32")
     else:
@@ -33,62 +33,63 @@ def _times(p, features, total):
 
 
 @triton.jit
-def _add_own(
-    total, sums, lines, d, partners, line_grads, partner_grads, own, own_starts, LINES, PARTNERS, D, partner_row, partner_column,
-    own_stride, own_offset, OWN: tl.constexpr,
+def _add_own(total, sums, grads, partner, d, partners, partner_grads, PARTNERS, D, partner_row, partner_column):
+    there = (partner >= 0) & (partner < PARTNERS)
+    weight = tl.where(there, -(grads + tl.load(partner_grads + partner, mask=there, other=0.0)), 0.0)
+    at = partners + partner[:, None] * partner_row + d.to(tl.int64)[None, :] * partner_column
+    f = tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0)
+    return total + weight[:, None] * f.to(tl.float32), sums + weight
+
+
+@triton.jit
+def _own_part(
+    lines, d, partners, line_grads, partner_grads, own, own_starts, LINES, PARTNERS, D, partner_row, partner_column, own_stride,
+    own_offset, OWN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The own pairs' part of the gradient: dLoss / dS there is -(g_i + h_j)."""
-    inside = lines < LINES
-    grads = tl.load(line_grads + lines, mask=inside, other=0.0)
-    first = lines.to(tl.int64)
-    count = inside.to(tl.int64)
-    if OWN == 3:
-        first = tl.load(own_starts + lines, mask=inside, other=0)
-        count = tl.load(own_starts + lines + 1, mask=inside, other=0) - first
-    for i in range(0, tl.max(count, 0)):
-        there = i < count
-        partner = first + own_offset
-        if OWN >= 2:
-            partner = tl.load(own + (first + i) * own_stride, mask=there, other=-1)
-        there = there & (partner >= 0) & (partner < PARTNERS)
-        weight = tl.where(there, -(grads + tl.load(partner_grads + partner, mask=there, other=0.0)), 0.0)
-        at = partners + partner[:, None] * partner_row + d.to(tl.int64)[None, :] * partner_column
-        total += weight[:, None] * tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-        sums += weight
+    """What own pairs give: dLoss / dS there is -(g_i + h_j). Sums begin with it: at their end registers are scarce."""
+    total = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_L,), tl.float32)
+    if OWN != 0:
+        inside = lines < LINES
+        grads = tl.load(line_grads + lines, mask=inside, other=0.0)
+        if OWN == 3:
+            first = tl.load(own_starts + lines, mask=inside, other=0)
+            count = tl.load(own_starts + lines + 1, mask=inside, other=0) - first
+            for i in range(0, tl.max(count, 0)):
+                partner = tl.load(own + first + i, mask=i < count, other=-1)
+                total, sums = _add_own(
+                    total, sums, grads, partner, d, partners, partner_grads, PARTNERS, D, partner_row, partner_column
+                )
+        else:
+            partner = lines.to(tl.int64) + own_offset
+            if OWN == 2:
+                partner = tl.load(own + lines.to(tl.int64) * own_stride, mask=inside, other=-1)
+            partner = tl.where(inside, partner, -1)
+            total, sums = _add_own(
+                total, sums, grads, partner, d, partners, partner_grads, PARTNERS, D, partner_row, partner_column
+            )
     return total, sums
 
 
 @triton.jit
-def _finish(
-    total, sums, out, dots, line_sums, mine, partners, line_grads, partner_grads, own, own_starts, scale, power, part, lines, d,
-    LINES, PARTNERS, D, out_row, mine_row, mine_column, partner_row, partner_column, own_stride, own_offset, OWN: tl.constexpr,
-):  # fmt: skip
-    """Own pairs are added; then <own features, total> by program, sums of weights by line, and the gradient itself."""
+def _finish(total, sums, out, line_sums, scale, power, part, lines, d, LINES, D):
+    """Out of their unit: the gradient of the features and, in the first slice of the width, that of the bias."""
     inside = (lines < LINES)[:, None] & (d < D)[None, :]
-    if OWN != 0:
-        total, sums = _add_own(
-            total, sums, lines, d, partners, line_grads, partner_grads, own, own_starts, LINES, PARTNERS, D, partner_row,
-            partner_column, own_stride, own_offset, OWN,
-        )  # fmt: skip
-    if dots is not None:
-        at = mine + lines.to(tl.int64)[:, None] * mine_row + d.to(tl.int64)[None, :] * mine_column
-        parts = tl.load(at, mask=inside, other=0.0).to(tl.float32) * tl.where(inside, total, 0.0)
-        tl.store(dots + tl.program_id(0), tl.sum(tl.sum(parts, 1), 0))
     if line_sums is not None:
         tl.store(line_sums + lines, sums, mask=lines < tl.where(part == 0, LINES, 0))
     if out is not None:
         # two factors: one alone could leave float32's range
         total = total * (tl.load(scale) * (1 / 1099511627776)) * tl.load(power)
-        at = out + lines.to(tl.int64)[:, None] * out_row + d[None, :]
-        tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+        at = out + lines.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(at, narrow(total, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _centred_gradient(
-    out, buffer, dots, line_sums, exact, kept, features, line_weights, other_weights, mine, partners, line_grads,
+    out, buffer, line_sums, exact, kept, features, line_weights, other_weights, partners, line_grads,
     partner_grads, own, own_starts, scale, power,
-    LINES, OTHERS, PARTNERS, D, KEPT_LINES, KEPT_OTHERS, kept_line, kept_other, feature_row, feature_column, out_row, mine_row,
-    mine_column, partner_row, partner_column, own_stride, own_offset,
+    LINES, OTHERS, PARTNERS, D, KEPT_LINES, KEPT_OTHERS, kept_line, kept_other, feature_row, feature_column,
+    partner_row, partner_column, own_stride, own_offset,
     OWN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +104,19 @@ def _centred_gradient(
     kept_at = kept + lines.to(tl.int64)[:, None] * kept_line + k.to(tl.int64)[None, :] * kept_other
     feature_at = features + k.to(tl.int64)[:, None] * feature_row + d.to(tl.int64)[None, :] * feature_column
     a = tl.load(line_weights + lines, mask=lines < LINES, other=0.0)
-    total = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
-    sums = tl.zeros((BLOCK_L,), tl.float32)
+    inside = (lines < LINES)[:, None] & (d < D)[None, :]
+    if FIRST:
+        total, sums = _own_part(
+            lines, d, partners, line_grads, partner_grads, own, own_starts, LINES, PARTNERS, D, partner_row, partner_column,
+            own_stride, own_offset, OWN, BLOCK_L, BLOCK_D,
+        )  # fmt: skip
+    else:
+        total = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
+        sums = tl.zeros((BLOCK_L,), tl.float32)
+        if PRODUCT:
+            total = tl.load(buffer + lines.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        if line_sums is not None:
+            sums = tl.load(line_sums + lines, mask=lines < LINES, other=0.0)
     for start in range(0, OTHERS, BLOCK_K):
         if EVEN:
             e = tl.load(kept_at)
@@ -123,17 +135,8 @@ def _centred_gradient(
             total = _times(p, f, total)
         kept_at += BLOCK_K * kept_other
         feature_at += BLOCK_K * feature_row
-    inside = (lines < LINES)[:, None] & (d < D)[None, :]
-    if not FIRST:
-        if PRODUCT:
-            total += tl.load(buffer + lines.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
-        if line_sums is not None:
-            sums += tl.load(line_sums + lines, mask=lines < LINES, other=0.0)
     if LAST:
-        _finish(
-            total, sums, out, dots, line_sums, mine, partners, line_grads, partner_grads, own, own_starts, scale, power, part,
-            lines, d, LINES, PARTNERS, D, out_row, mine_row, mine_column, partner_row, partner_column, own_stride, own_offset, OWN,
-        )  # fmt: skip
+        _finish(total, sums, out, line_sums, scale, power, part, lines, d, LINES, D)
     else:
         if PRODUCT:
             tl.store(buffer + lines.to(tl.int64)[:, None] * D + d[None, :], total, mask=inside)
@@ -143,9 +146,9 @@ def _centred_gradient(
 
 @triton.jit
 def _exact_gradient(
-    out, dots, line_sums, exact, x, y, scale, bias, own, row_ids, column_ids, row_weights, column_weights, row_shifts,
-    column_shifts, partners, line_grads, partner_grads, line_own, line_own_starts, power,
-    M, N, D, x_row, x_column, y_row, y_column, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride, out_row,
+    out, line_sums, exact, x, y, scale, bias, own, row_ids, column_ids, row_weights, column_weights, row_shifts,
+    column_shifts, line_grads, partner_grads, line_own, line_own_starts, power,
+    M, N, D, x_row, x_column, y_row, y_column, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
     line_own_stride, line_own_offset,
     OWN: tl.constexpr, LINE_OWN: tl.constexpr, ALONG: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -159,8 +162,16 @@ def _exact_gradient(
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)
     BLOCK_L: tl.constexpr = BLOCK_M if ALONG == 1 else BLOCK_N
     lines = block * BLOCK_L + tl.arange(0, BLOCK_L)
-    total = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
-    sums = tl.zeros((BLOCK_L,), tl.float32)
+    if ALONG == 1:
+        total, sums = _own_part(
+            lines, d, y, line_grads, partner_grads, line_own, line_own_starts, M, N, D, y_row, y_column, line_own_stride,
+            line_own_offset, LINE_OWN, BLOCK_L, BLOCK_D,
+        )  # fmt: skip
+    else:
+        total, sums = _own_part(
+            lines, d, x, line_grads, partner_grads, line_own, line_own_starts, N, M, D, x_row, x_column, line_own_stride,
+            line_own_offset, LINE_OWN, BLOCK_L, BLOCK_D,
+        )  # fmt: skip
     factor = tl.load(scale)
     for start in range(0, N if ALONG == 1 else M, BLOCK_N if ALONG == 1 else BLOCK_M):
         if ALONG == 1:
@@ -192,15 +203,9 @@ def _exact_gradient(
             f = tl.load(at, mask=(others < M)[:, None] & (d < D)[None, :], other=0.0)
             total = _times(tl.trans(p), f, total)
     if ALONG == 1:
-        _finish(
-            total, sums, out, dots, line_sums, x, partners, line_grads, partner_grads, line_own, line_own_starts, scale, power,
-            part, lines, d, M, N, D, out_row, x_row, x_column, y_row, y_column, line_own_stride, line_own_offset, LINE_OWN,
-        )  # fmt: skip
+        _finish(total, sums, out, line_sums, scale, power, part, lines, d, M, D)
     else:
-        _finish(
-            total, sums, out, dots, line_sums, y, partners, line_grads, partner_grads, line_own, line_own_starts, scale, power,
-            part, lines, d, N, M, D, out_row, y_row, y_column, x_row, x_column, line_own_stride, line_own_offset, LINE_OWN,
-        )  # fmt: skip
+        _finish(total, sums, out, line_sums, scale, power, part, lines, d, N, D)
 
 
 class Unit:
@@ -241,31 +246,29 @@ def own_of_columns(own: Tensor | None, own_offset: int | None, n: int) -> Own:
 
 
 class Gradient:
-    """The gradient of one side's features, of the scale and of the bias (of columns alone), as far as they are wanted."""
+    """The gradient of one side's features and of the bias (a matter of the columns), as far as they are wanted."""
 
     def __init__(
         self, lines: Side, others: Side, own: Own, scale: Tensor, unit: Unit, exact: Tensor,
-        want_features: bool, want_scale: bool, want_bias: bool,
+        want_features: bool, want_bias: bool,
     ) -> None:  # fmt: skip
         self.lines, self.others, self.own, self.scale, self.unit, self.exact = lines, others, own, scale, unit, exact
         count, width = lines.features.shape
         self.out = lines.features.new_empty((count if want_features else 0, width))
         self.sums = others.weights.new_empty(count if want_bias else 0)
-        self.want_features, self.want_scale, self.want_bias = want_features, want_scale, want_bias
-        self.dots: list[Tensor] = []
+        self.want_features, self.want_bias = want_features, want_bias
         self.buffer: Tensor | None = None
 
     def add(self, kept: Tensor, lines: slice, others: slice, first: bool = True, last: bool = True) -> None:
         """The part of exponentials kept [lines, others]; `others` in several parts, `first` to `last`."""
-        product = self.want_features or self.want_scale
-        if not (product or self.want_bias):
+        if not (self.want_features or self.want_bias):
             return
         mine, features = self.lines.features[lines], self.others.features[others]
         chosen = tile("pair_gradient", mine)
         (count, d), total = mine.shape, features.shape[0]
         chosen["BLOCK_D"] = min(chosen["BLOCK_D"], max(16, triton.next_power_of_2(d)))
-        grid = (cdiv(count, chosen["BLOCK_L"]) * (max(1, cdiv(d, chosen["BLOCK_D"])) if product else 1),)
-        if not (first and last) and self.buffer is None and product:
+        grid = (cdiv(count, chosen["BLOCK_L"]) * (max(1, cdiv(d, chosen["BLOCK_D"])) if self.want_features else 1),)
+        if not (first and last) and self.buffer is None and self.want_features:
             self.buffer = kept.new_empty((count, d), dtype=torch.float32)
         kind, own, starts, offset = self.own
         if kind == INDEX:
@@ -274,21 +277,20 @@ class Gradient:
         launch(
             _centred_gradient, grid,
             out=self.out[lines] if self.want_features else None, buffer=self.buffer,
-            dots=self._new_dots(grid) if self.want_scale and last else None, line_sums=self.sums if self.want_bias else None,
+            line_sums=self.sums if self.want_bias else None,
             exact=self.exact, kept=kept, features=features, line_weights=self.lines.weights[lines],
-            other_weights=self.others.weights[others], mine=mine, partners=self.others.features,
+            other_weights=self.others.weights[others], partners=self.others.features,
             line_grads=self.lines.gradients[lines], partner_grads=self.others.gradients, own=own, own_starts=starts,
             scale=self.scale, power=self.unit.power.float(), LINES=count, OTHERS=total, PARTNERS=self.others.features.shape[0],
             D=d, KEPT_LINES=kept.shape[0], KEPT_OTHERS=kept.shape[1], kept_line=kept.stride(0), kept_other=kept.stride(1),
-            feature_row=features.stride(0), feature_column=features.stride(1), out_row=d, mine_row=mine.stride(0),
-            mine_column=mine.stride(1), partner_row=self.others.features.stride(0),
+            feature_row=features.stride(0), feature_column=features.stride(1), partner_row=self.others.features.stride(0),
             partner_column=self.others.features.stride(1), own_stride=stride(own), own_offset=offset + lines.start,
-            OWN=kind, FIRST=first, LAST=last, PRODUCT=product, EVEN=even, **chosen,
+            OWN=kind, FIRST=first, LAST=last, PRODUCT=self.want_features, EVEN=even, **chosen,
         )  # fmt: skip
 
     def add_exact(self, pairs: Pairs, along: int) -> None:
         """The whole gradient where `exact` is set; `along`: the axis of the logits that is summed."""
-        if not (self.want_features or self.want_scale or self.want_bias):
+        if not (self.want_features or self.want_bias):
             return
         chosen = tile("pair_exact_gradient", pairs.x)
         count, d = self.lines.features.shape
@@ -298,23 +300,13 @@ class Gradient:
         kind, own, starts, offset = self.own
         launch(
             _exact_gradient, grid,
-            out=self.out if self.want_features else None, dots=self._new_dots(grid) if self.want_scale else None,
+            out=self.out if self.want_features else None,
             line_sums=self.sums if self.want_bias else None, exact=self.exact, row_weights=rows.weights,
-            column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts, partners=self.others.features,
-            line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
-            power=self.unit.power.float(), out_row=d, line_own_stride=stride(own), line_own_offset=offset, LINE_OWN=kind,
+            column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts, line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
+            power=self.unit.power.float(), line_own_stride=stride(own), line_own_offset=offset, LINE_OWN=kind,
             ALONG=along, EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(pairs.x.dtype),
             **pairs.arguments(0, pairs.x.shape[0]), **chosen,
         )  # fmt: skip
-
-    def _new_dots(self, grid: tuple[int, ...]) -> Tensor:
-        self.dots.append(self.lines.weights.new_zeros(grid))  # zeros: one of the two forms does not run
-        return self.dots[-1]
-
-    def scale_gradient(self) -> Tensor:
-        """[1]"""
-        total = torch.cat(self.dots).sum(dtype=torch.float64) * (self.unit.power / WEIGHT_SCALE)
-        return total.float().reshape(1)
 
     def bias_gradient(self) -> Tensor:
         """[L], empty where it is not wanted"""

@@ -31,37 +31,35 @@ def forward(
     column_ids: Tensor | None,  # [N]
     want_rows: bool,
     want_columns: bool,
+    want_scale: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape[0], y.shape[0]
     stash = x.new_empty(stash_shape(m, n, keep), dtype=stash_dtype("triton", x.dtype))
     pairs = Pairs(x, y, scale, bias, own, own_offset, row_ids, column_ids)
     shift = pairs.centre()
-    row_sums, column_sums = (x.new_zeros(size, dtype=torch.float64) for size in (m, n))
+    row_sums, column_sums = (x.new_zeros(2, size, dtype=torch.float64) for size in (m, n))
     chosen = tile("pair_centred", x)
-    bytes_of_a_row = 4 * n // chosen["BLOCK_M"] + 4 * n // chosen["BLOCK_N"]
+    bytes_of_a_row = 2 * (4 * n // chosen["BLOCK_M"] + 4 * n // chosen["BLOCK_N"])
     for begin, end in chunks(0, m, bytes_of_a_row, PARTIAL_BYTES):
-        row_partial, column_partial = pairs.centred(shift, begin, end, stash[begin:end], want_rows, want_columns)
+        row_partial, column_partial = pairs.centred(shift, begin, end, stash[begin:end], want_rows, want_columns, want_scale)
         if row_partial is not None:
-            row_sums[begin:end] = row_partial.sum(0, dtype=torch.float64)
+            row_sums[: len(row_partial), begin:end] = row_partial.sum(1, dtype=torch.float64)
         if column_partial is not None:
-            column_sums += column_partial.sum(0, dtype=torch.float64)
+            column_sums[: len(column_partial)] += column_partial.sum(1, dtype=torch.float64)
     row_shifts, column_shifts = shift.repeat(m), shift.repeat(n)
     sides = ((want_rows, row_sums, row_shifts, 1), (want_columns, column_sums, column_shifts, 0))
-    exact = torch.stack([(sums < SMALLEST_SUM).any() & wanted for wanted, sums, _, _ in sides]).any()  # NaN: no
+    exact = torch.stack([(sums[0] < SMALLEST_SUM).any() & wanted for wanted, sums, _, _ in sides]).any()  # NaN: no
     for wanted, sums, shifts, along in sides:
         if wanted:
             pairs.exact_sums(sums, shifts, exact, along)
-    own_of_row, own_of_column = own_logits(x, y, scale, bias, own, own_offset)
-    nothing = x.new_empty(0, dtype=torch.float32)
-    return (
-        (row_sums.log() + row_shifts - own_of_row).float() if want_rows else nothing,
-        (column_sums.log() + column_shifts - own_of_column).float() if want_columns else nothing.clone(),
-        torch.stack([row_sums.float(), row_shifts]),
-        torch.stack([column_sums.float(), column_shifts]),
-        exact,
-        stash,
-    )
+    own_values = own_logits(x, y, scale, bias, own, own_offset)
+    results, stats = [], []
+    for (wanted, sums, shifts, _), (logits, dots) in zip(sides, own_values, strict=True):
+        results.append((sums[0].log() + shifts - logits).float() if wanted else x.new_empty(0, dtype=torch.float32))
+        by_scale = torch.where(sums[0] == 0, 0, sums[1] / sums[0]) - dots
+        stats.append(torch.stack([sums[0].float(), shifts, by_scale.float()]))
+    return *results, *stats, exact, stash
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -80,8 +78,8 @@ def backward(
     column_ids: Tensor | None,
     want_rows: bool,
     want_columns: bool,
-    row_stats: Tensor,  # [2, M]
-    column_stats: Tensor,  # [2, N]
+    row_stats: Tensor,  # [3, M]
+    column_stats: Tensor,  # [3, N]
     exact: Tensor,  # []
     stash: Tensor,
     need_x: bool,
@@ -94,14 +92,13 @@ def backward(
     unit = Unit(grad_rows, grad_columns)
     rows = Side(x, row_stats, grad_rows if want_rows else grad_rows.new_zeros(m), unit)
     columns = Side(y, column_stats, grad_columns if want_columns else grad_columns.new_zeros(n), unit)
-    scale_by_y = need_scale and not need_x and need_y
-    common = scale, unit, exact
-    dx = Gradient(rows, columns, own_of_rows(own, own_offset), *common, need_x, need_scale and not scale_by_y, False)
-    dy = Gradient(columns, rows, own_of_columns(own, own_offset, n), *common, need_y, scale_by_y, need_bias)
+    dx = Gradient(rows, columns, own_of_rows(own, own_offset), scale, unit, exact, need_x, False)
+    dy = Gradient(columns, rows, own_of_columns(own, own_offset, n), scale, unit, exact, need_y, need_bias)
 
     kept_rows, width = stash.shape
     pieces = [(0, kept_rows)] if kept_rows or m == 0 else []
-    pieces += chunks(kept_rows, m, width * stash.element_size(), WORKSPACE_BYTES)
+    if need_x or need_y or need_bias:
+        pieces += chunks(kept_rows, m, width * stash.element_size(), WORKSPACE_BYTES)
     workspace = None
     for i, (begin, end) in enumerate(pieces):
         kept = stash
@@ -113,5 +110,8 @@ def backward(
         dy.add(kept.T, slice(0, n), slice(begin, end), first=i == 0, last=i == len(pieces) - 1)
     dx.add_exact(pairs, 1)
     dy.add_exact(pairs, 0)
-    dscale = (dy if scale_by_y else dx).scale_gradient() if need_scale else x.new_empty(0, dtype=torch.float32)
+    dscale = x.new_empty(0, dtype=torch.float32)
+    if need_scale:
+        sides = ((want_rows, grad_rows, row_stats), (want_columns, grad_columns, column_stats))
+        dscale = sum((g.double() @ stats[2].double()).float().reshape(1) for wanted, g, stats in sides if wanted)
     return dx.out, dy.out, dscale, dy.bias_gradient()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops._triton import cdiv, grouped, launch
+from vlpfast.ops._triton import cdiv, grouped, launch, narrow
 from vlpfast.ops.contrastive.triton_tiles import kept_pairs, own_kind, precision, products, stride, tile
 
 MAX_EXPONENT = 87.0  # centred exponentials stay below exp of it, as in csrc/contrastive/problem.h
@@ -24,14 +24,18 @@ def _centred(
     row_partial, column_partial, kept_rows, exact, x, y, scale, bias, shift, own, row_ids, column_ids,
     M, N, D, KEPT, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
     column_ids_stride,
-    OWN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, PRODUCTS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of E = exp(S - shift): its row sums, its column sums, itself into the first KEPT rows of `kept_rows`."""
+    """A tile of E = exp(S - shift): sums of rows and of columns, itself into the first KEPT rows of `kept_rows`.
+
+    PRODUCTS: the sums of E <x_i, y_j> as well.
+    """
     if exact is not None:
         if tl.load(exact) != 0:
             return
-    block_row, block_column = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    blocks_down, blocks_across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    block_row, block_column = grouped(tl.program_id(0), blocks_down, blocks_across, GROUP)
     rows = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
     total = products(
@@ -46,12 +50,18 @@ def _centred(
     )
     e = tl.where(kept, e, 0.0)
     if row_partial is not None:
-        tl.store(row_partial + block_column.to(tl.int64) * M + rows, tl.sum(e, 1), mask=rows < M)
+        at = row_partial + block_column.to(tl.int64) * M + rows
+        tl.store(at, tl.sum(e, 1), mask=rows < M)
+        if PRODUCTS:
+            tl.store(at + blocks_across.to(tl.int64) * M, tl.sum(e * total, 1), mask=rows < M)
     if column_partial is not None:
-        tl.store(column_partial + block_row.to(tl.int64) * N + columns, tl.sum(e, 0), mask=columns < N)
+        at = column_partial + block_row.to(tl.int64) * N + columns
+        tl.store(at, tl.sum(e, 0), mask=columns < N)
+        if PRODUCTS:
+            tl.store(at + blocks_down.to(tl.int64) * N, tl.sum(e * total, 0), mask=columns < N)
     if kept_rows is not None:
         at = kept_rows + rows.to(tl.int64)[:, None] * kept_row + columns[None, :]
-        tl.store(at, e.to(kept_rows.dtype.element_ty), mask=(rows < KEPT)[:, None] & (columns < kept_row)[None, :])
+        tl.store(at, narrow(e, kept_rows.dtype.element_ty), mask=(rows < KEPT)[:, None] & (columns < kept_row)[None, :])
 
 
 @triton.jit
@@ -61,21 +71,26 @@ def _exact_sums(
     OWN: tl.constexpr, ALONG: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exp(S - shift) along axis ALONG, the shift being the largest logit there; only where `exact` is set."""
+    """Sums of E = exp(S - shift) along axis ALONG, the shift being the largest logit there; only where `exact` is set.
+
+    The sums of E <x_i, y_j> follow behind them.
+    """
     if tl.load(exact) == 0:
         return
     LINES: tl.constexpr = BLOCK_M if ALONG == 1 else BLOCK_N
     largest = tl.full((LINES,), float("-inf"), tl.float32)
     total = tl.zeros((LINES,), tl.float64)
+    product_total = tl.zeros((LINES,), tl.float64)
     factor = tl.load(scale)
     for start in range(0, N if ALONG == 1 else M, BLOCK_N if ALONG == 1 else BLOCK_M):
         if ALONG == 1:
             rows, columns = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
         else:
             rows, columns = start + tl.arange(0, BLOCK_M), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        s = factor * products(
+        product = products(
             x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
         )
+        s = factor * product
         if bias is not None:
             s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
         kept = kept_pairs(
@@ -85,11 +100,15 @@ def _exact_sums(
         raised = tl.maximum(largest, tl.max(s, ALONG))
         usable = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - (-inf) is no number
         e = tl.exp2((s - tl.expand_dims(usable, ALONG)) * LOG2E)
-        total = total * tl.exp2((largest - usable) * LOG2E).to(tl.float64) + tl.sum(e, ALONG).to(tl.float64)
+        down = tl.exp2((largest - usable) * LOG2E).to(tl.float64)
+        total = total * down + tl.sum(e, ALONG).to(tl.float64)
+        product_total = product_total * down + tl.sum(e * product, ALONG).to(tl.float64)
         largest = raised
     lines = tl.program_id(0) * LINES + tl.arange(0, LINES)
-    inside = lines < (M if ALONG == 1 else N)
+    size = M if ALONG == 1 else N
+    inside = lines < size
     tl.store(sums + lines, total, mask=inside)
+    tl.store(sums + size + lines, product_total, mask=inside)
     tl.store(shifts + lines, tl.where(largest == float("-inf"), 0.0, largest), mask=inside)
 
 
@@ -119,28 +138,29 @@ class Pairs:
 
     def centred(
         self, shift: Tensor, begin: int, end: int, kept: Tensor, sum_rows: bool = False, sum_columns: bool = False,
-        exact: Tensor | None = None,
+        products: bool = False, exact: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Sums of exp(S - shift) over rows [begin, end), by tile: [blocks of columns, end - begin], [blocks of rows, N].
+        """Sums of exp(S - shift) over rows [begin, end), by tile: [1, blocks of columns, end - begin], [1, blocks of rows, N].
 
+        With `products` those of exp(S - shift) <x_i, y_j> follow them: [2, ...].
         The first len(kept) rows of the exponentials themselves are written into `kept`; nothing is done where `exact` is set.
         """
         chosen = tile("pair_centred", self.x)
         m, (n, d) = end - begin, self.y.shape
         blocks = cdiv(m, chosen["BLOCK_M"]), cdiv(n, chosen["BLOCK_N"])
         new = {"dtype": torch.float32}
-        row_partial = self.x.new_empty(blocks[1], m, **new) if sum_rows else None
-        column_partial = self.x.new_empty(blocks[0], n, **new) if sum_columns else None
+        row_partial = self.x.new_empty(1 + products, blocks[1], m, **new) if sum_rows else None
+        column_partial = self.x.new_empty(1 + products, blocks[0], n, **new) if sum_columns else None
         launch(
             _centred, (blocks[0] * blocks[1],),
             row_partial=row_partial, column_partial=column_partial, kept_rows=kept if kept.shape[0] else None, exact=exact,
             shift=shift, KEPT=kept.shape[0], kept_row=kept.stride(0), **self.arguments(begin, end),
-            EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
+            PRODUCTS=products, EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
         )  # fmt: skip
         return row_partial, column_partial
 
     def exact_sums(self, sums: Tensor, shifts: Tensor, exact: Tensor, along: int) -> None:
-        """Where `exact` is set: `sums` (float64) of exp(S - shift) along axis 1 or 0, each with its own of `shifts`."""
+        """Where `exact` is set: `sums` ([2, lines] float64) along axis 1 or 0, each line with its own of `shifts`."""
         chosen = tile("pair_exact", self.x)
         m, d = self.x.shape
         grid = (cdiv(m, chosen["BLOCK_M"]) if along else cdiv(self.y.shape[0], chosen["BLOCK_N"]),)

@@ -97,23 +97,25 @@ def _own_logits(
         total += tl.sum(a * b, 1)
         x_at += BLOCK_K * x_column
         y_at += BLOCK_K * y_column
-    total *= tl.load(scale).to(tl.float64)
+    logits = total * tl.load(scale).to(tl.float64)
     if bias is not None:
-        total += tl.load(bias + columns * bias_stride, mask=there, other=0.0).to(tl.float64)
-    tl.store(out + rows, tl.where(there, total, float("nan")), mask=inside)
-    tl.store(of_column + columns, total, mask=there)
+        logits += tl.load(bias + columns * bias_stride, mask=there, other=0.0).to(tl.float64)
+    tl.store(out + rows, tl.where(there, logits, float("nan")), mask=inside)
+    tl.store(out + M + rows, total, mask=inside)
+    tl.store(of_column + columns, logits, mask=there)
+    tl.store(of_column + N + columns, total, mask=there)
 
 
 def own_logits(
     x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, own: Tensor | None, own_offset: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The own pairs' logits by row [M] and by column [N] (0 where a column is no row's own), summed in float64.
+    """The own pairs' logits and their <x_i, y_j>, by row [2, M] and by column [2, N], summed in float64.
 
-    NaN for a row whose own column is not in [0, N): indices on a GPU are not checked before. Of a column that several rows own,
+    0 for a column that is no row's own; the logit is NaN for a row whose own column is not in [0, N): indices on a GPU are not checked before. Of a column that several rows own,
     the value is one of theirs.
     """
     m, n = x.shape[0], y.shape[0]
-    out, of_column = x.new_zeros(m, dtype=torch.float64), x.new_zeros(n, dtype=torch.float64)
+    out, of_column = x.new_zeros(2, m, dtype=torch.float64), x.new_zeros(2, n, dtype=torch.float64)
     if own is None and own_offset is None:
         return out, of_column
     chosen = tile("own_logits", x)
