@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from vlpfast.ops import _triton
 from vlpfast.ops._triton import Launch
-from vlpfast.ops.contrastive import triton_pair
+from vlpfast.ops.contrastive import triton_pair, triton_softplus
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -47,10 +47,18 @@ def pair_logsumexp(dtype: torch.dtype, keep: int) -> None:
     triton_pair.backward(rows, columns, *problem, True, True, *saved, True, True, True, False)
 
 
+def pair_softplus(dtype: torch.dtype) -> None:
+    """All gradients, with a bias."""
+    x, y = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
+    scale, bias = (torch.empty((), device="meta") for _ in range(2))
+    triton_softplus.forward(x, y, scale, bias, None, 0, None, None, 1.0, True, True, True, True)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
     "pair_logsumexp, recompute": lambda dtype: pair_logsumexp(dtype, 0),
+    "pair_softplus": pair_softplus,
 }
 
 
@@ -80,9 +88,11 @@ def compile_launch(launch: Launch, chip: str) -> tuple[Any, dict[str, int]]:
         if isinstance(value, Tensor):
             dtype = {"uint8": "u8", "bool": "i1", "int64": "i64", "float64": "fp64", "float32": "fp32", "float16": "fp16"}
             signature[name] = "*" + dtype.get(str(value.dtype).removeprefix("torch."), "bf16")
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {k: v for k, v in launch.arguments.items() if k not in names}
     source = ASTSource(launch.kernel, signature, constants, attributes)

@@ -94,16 +94,17 @@ def _(grad_rows, grad_columns, x: Tensor, y: Tensor, scale, bias, own, own_offse
 
 # Arguments as pair_fwd's. The loss is 0-d; its gradients come with it, dx [M, D] and dy [N, D] in the accumulating dtype (so that
 # half types are rounded after the incoming gradient is multiplied in), dscale [1], dbias [N]; what is not needed is empty.
-torch.library.define(
-    "vlpfast::pair_softplus",
+_PAIR_SOFTPLUS = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
     "float negative_weight, bool need_x, bool need_y, bool need_scale, bool need_bias) "
-    "-> (Tensor loss, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "-> (Tensor loss, Tensor dx, Tensor dy, Tensor dscale, Tensor dbias)"
 )
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::pair_softplus{_suffix}", _PAIR_SOFTPLUS, tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.register_fake("vlpfast::pair_softplus")
+@torch.library.register_fake("vlpfast::pair_softplus_triton")
 def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, negative_weight,
       need_x, need_y, need_scale, need_bias):  # fmt: skip
     new = {"dtype": accumulate_dtype(x.dtype)}

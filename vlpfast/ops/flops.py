@@ -43,6 +43,12 @@ def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=No
     return recomputed + _product(x_shape, y_shape) * (need_x + need_y)
 
 
+@register_flop_formula(torch.ops.vlpfast.pair_softplus_triton)
+def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    need_x, need_y = args[7:9]
+    return _product(x_shape, y_shape) * (1 + need_x + need_y)
+
+
 @register_flop_formula(torch.ops.vlpfast.pair_softplus)
 def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     need_x, need_y, need_scale = args[7:10]

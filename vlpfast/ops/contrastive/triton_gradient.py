@@ -9,6 +9,8 @@ weights need, at half the speed; for float32 the product is the sum of three tf3
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,9 @@ WEIGHT_SCALE = 2.0**40  # how far weights are lifted, so that small ones stay no
 def _times(p, features, total):
     """total + p @ features with p in a dtype that the features' product takes."""
     if features.dtype == tl.bfloat16:
-        return dot(narrow(p, tl.bfloat16), features, total, "tf32")
+        if p.dtype != tl.bfloat16:
+            p = narrow(p, tl.bfloat16)
+        return dot(p, features, total, "tf32")
     elif features.dtype == tl.float16:
         return dot(to_tf32(p), features.to(tl.float32), total, "tf32")
     else:
@@ -93,9 +97,13 @@ def _centred_gradient(
     OWN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others], of which more may come (LAST)."""
-    if tl.load(exact) != 0:
-        return
+    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others], of which more may come (LAST).
+
+    Without line_weights what is kept are the weights themselves.
+    """
+    if exact is not None:
+        if tl.load(exact) != 0:
+            return
     slices = tl.cdiv(D, BLOCK_D) if PRODUCT else 1
     part = tl.program_id(0) % slices
     lines = tl.program_id(0) // slices * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -103,7 +111,6 @@ def _centred_gradient(
     k = tl.arange(0, BLOCK_K)
     kept_at = kept + lines.to(tl.int64)[:, None] * kept_line + k.to(tl.int64)[None, :] * kept_other
     feature_at = features + k.to(tl.int64)[:, None] * feature_row + d.to(tl.int64)[None, :] * feature_column
-    a = tl.load(line_weights + lines, mask=lines < LINES, other=0.0)
     inside = (lines < LINES)[:, None] & (d < D)[None, :]
     if FIRST:
         total, sums = _own_part(
@@ -117,16 +124,21 @@ def _centred_gradient(
             total = tl.load(buffer + lines.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
         if line_sums is not None:
             sums = tl.load(line_sums + lines, mask=lines < LINES, other=0.0)
+    if line_weights is not None:
+        a = tl.load(line_weights + lines, mask=lines < LINES, other=0.0)
     for start in range(0, OTHERS, BLOCK_K):
         if EVEN:
-            e = tl.load(kept_at)
-            b = tl.load(other_weights + start + k)
+            p = tl.load(kept_at)
         else:
-            e = tl.load(kept_at, mask=(lines < KEPT_LINES)[:, None] & (k < KEPT_OTHERS - start)[None, :], other=0.0)
-            b = tl.load(other_weights + start + k, mask=k < OTHERS - start, other=0.0)
-        p = e.to(tl.float32) * (a[:, None] + b[None, :])
+            p = tl.load(kept_at, mask=(lines < KEPT_LINES)[:, None] & (k < KEPT_OTHERS - start)[None, :], other=0.0)
+        if line_weights is not None:
+            if EVEN:
+                b = tl.load(other_weights + start + k)
+            else:
+                b = tl.load(other_weights + start + k, mask=k < OTHERS - start, other=0.0)
+            p = p.to(tl.float32) * (a[:, None] + b[None, :])
         if line_sums is not None:
-            sums += tl.sum(p, 1)
+            sums += tl.sum(p.to(tl.float32), 1)
         if PRODUCT:
             if EVEN:
                 f = tl.load(feature_at)
@@ -208,25 +220,38 @@ def _exact_gradient(
         _finish(total, sums, out, line_sums, scale, power, part, lines, d, N, D)
 
 
+@dataclass(frozen=True)
 class Unit:
-    """What weights are divided by: the power of two below the largest incoming gradient, over WEIGHT_SCALE."""
+    """What weights are divided by: a power of two, over WEIGHT_SCALE."""
 
-    def __init__(self, *gradients: Tensor) -> None:
+    power: Tensor  # [] float64
+
+    @staticmethod
+    def of(*gradients: Tensor) -> Unit:
+        """The power below the largest incoming gradient."""
         largest = torch.cat([*gradients, gradients[0].new_zeros(1)]).abs().amax().double()
         largest = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-        self.power = largest / torch.frexp(largest).mantissa / 2  # [] exact
+        return Unit(largest / torch.frexp(largest).mantissa / 2)  # exact
 
     def lift(self, t: Tensor) -> Tensor:
         return t.double() * (WEIGHT_SCALE / self.power)
 
 
 class Side:
-    """Rows or columns: features [L, D], incoming gradients [L], and the weights of their exponentials [L], in units."""
+    """Rows or columns: features [L, D], incoming gradients [L], and the weights of their exponentials [L], in units.
 
-    def __init__(self, features: Tensor, stats: Tensor, gradients: Tensor, unit: Unit) -> None:
+    Without `stats` the exponentials have no weights: they are the whole of dLoss / dS.
+    """
+
+    def __init__(self, features: Tensor, stats: Tensor | None, gradients: Tensor, unit: Unit) -> None:
         lifted = unit.lift(gradients)
-        self.features, self.shifts, self.gradients = features, stats[1], lifted.float()
-        self.weights = torch.where(stats[0] == 0, 0, lifted / stats[0].double()).float()
+        self.features, self.gradients = features, lifted.float()
+        self.shifts = None if stats is None else stats[1]
+        self.weights = None if stats is None else torch.where(stats[0] == 0, 0, lifted / stats[0].double()).float()
+
+
+def part(vector: Tensor | None, lines: slice) -> Tensor | None:
+    return None if vector is None else vector[lines]
 
 
 Own = tuple[int, Tensor | None, Tensor | None, int]  # its kind, indices, where each line's begin (LISTS), offset
@@ -249,13 +274,13 @@ class Gradient:
     """The gradient of one side's features and of the bias (a matter of the columns), as far as they are wanted."""
 
     def __init__(
-        self, lines: Side, others: Side, own: Own, scale: Tensor, unit: Unit, exact: Tensor,
-        want_features: bool, want_bias: bool,
+        self, lines: Side, others: Side, own: Own, scale: Tensor, unit: Unit, exact: Tensor | None,
+        want_features: bool, want_bias: bool, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.lines, self.others, self.own, self.scale, self.unit, self.exact = lines, others, own, scale, unit, exact
         count, width = lines.features.shape
-        self.out = lines.features.new_empty((count if want_features else 0, width))
-        self.sums = others.weights.new_empty(count if want_bias else 0)
+        self.out = lines.features.new_empty((count if want_features else 0, width), dtype=dtype)
+        self.sums = others.gradients.new_empty(count if want_bias else 0)
         self.want_features, self.want_bias = want_features, want_bias
         self.buffer: Tensor | None = None
 
@@ -269,7 +294,8 @@ class Gradient:
         chosen["BLOCK_D"] = min(chosen["BLOCK_D"], max(16, triton.next_power_of_2(d)))
         grid = (cdiv(count, chosen["BLOCK_L"]) * (max(1, cdiv(d, chosen["BLOCK_D"])) if self.want_features else 1),)
         if not (first and last) and self.buffer is None and self.want_features:
-            self.buffer = kept.new_empty((count, d), dtype=torch.float32)
+            whole = self.out.dtype == torch.float32 and count == self.out.shape[0]
+            self.buffer = self.out if whole else kept.new_empty((count, d), dtype=torch.float32)
         kind, own, starts, offset = self.own
         if kind == INDEX:
             own = own[lines]
@@ -278,8 +304,8 @@ class Gradient:
             _centred_gradient, grid,
             out=self.out[lines] if self.want_features else None, buffer=self.buffer,
             line_sums=self.sums if self.want_bias else None,
-            exact=self.exact, kept=kept, features=features, line_weights=self.lines.weights[lines],
-            other_weights=self.others.weights[others], partners=self.others.features,
+            exact=self.exact, kept=kept, features=features, line_weights=part(self.lines.weights, lines),
+            other_weights=part(self.others.weights, others), partners=self.others.features,
             line_grads=self.lines.gradients[lines], partner_grads=self.others.gradients, own=own, own_starts=starts,
             scale=self.scale, power=self.unit.power.float(), LINES=count, OTHERS=total, PARTNERS=self.others.features.shape[0],
             D=d, KEPT_LINES=kept.shape[0], KEPT_OTHERS=kept.shape[1], kept_line=kept.stride(0), kept_other=kept.stride(1),

@@ -89,7 +89,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape[0], y.shape[0]
     pairs = Pairs(x, y, scale, bias, own, own_offset, row_ids, column_ids)
-    unit = Unit(grad_rows, grad_columns)
+    unit = Unit.of(grad_rows, grad_columns)
     rows = Side(x, row_stats, grad_rows if want_rows else grad_rows.new_zeros(m), unit)
     columns = Side(y, column_stats, grad_columns if want_columns else grad_columns.new_zeros(n), unit)
     dx = Gradient(rows, columns, own_of_rows(own, own_offset), scale, unit, exact, need_x, False)
