@@ -20,6 +20,42 @@ LOG2E = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit
+def _sum_tile(
+    total, row_partial, column_partial, kept_rows, factor, shift, bias, own, row_ids, column_ids, rows, columns, part, block_row,
+    parts, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
+    OWN: tl.constexpr, PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """E = exp2(factor * total + offset), its sums by row and by column; `part`: which of the `parts` of all columns this is."""
+    offset = -shift
+    if bias is not None:
+        offset += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
+    e = tl.exp2(total * factor + offset * LOG2E)
+    kept = kept_pairs(
+        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+    )
+    e = tl.where(kept, e, 0.0)
+    row_at, column_at = row_partial, column_partial
+    if row_partial is not None:
+        row_at = row_partial + part.to(tl.int64) * M + rows
+    if column_partial is not None:
+        column_at = column_partial + block_row.to(tl.int64) * N + columns
+    if PRODUCTS:  # before the sums of E: the products are not needed after it
+        product = e * total
+        if row_partial is not None:
+            tl.store(row_at + parts.to(tl.int64) * M, tl.sum(product, 1), mask=rows < M)
+        if column_partial is not None:
+            tl.store(column_at + blocks_down.to(tl.int64) * N, tl.sum(product, 0), mask=columns < N)
+    if row_partial is not None:
+        tl.store(row_at, tl.sum(e, 1), mask=rows < M)
+    if column_partial is not None:
+        tl.store(column_at, tl.sum(e, 0), mask=columns < N)
+    if kept_rows is not None:
+        first = kept_rows + block_row.to(tl.int64) * rows.shape[0] * kept_row
+        at = first + (tl.arange(0, rows.shape[0])[:, None] * kept_row + columns[None, :])
+        tl.store(at, narrow(e, kept_rows.dtype.element_ty), mask=(rows < KEPT)[:, None] & (columns < kept_row)[None, :])
+
+
+@triton.jit
 def _centred(
     row_partial, column_partial, kept_rows, exact, x, y, scale, bias, shift, own, row_ids, column_ids,
     M, N, D, KEPT, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
@@ -29,39 +65,42 @@ def _centred(
 ):  # fmt: skip
     """A tile of E = exp(S - shift): sums of rows and of columns, itself into the first KEPT rows of `kept_rows`.
 
-    PRODUCTS: the sums of E <x_i, y_j> as well.
+    PRODUCTS: the sums of E <x_i, y_j> as well. A wide tile is finished in two halves: whole, E and the products that it is made of
+    need more registers than there are.
     """
     if exact is not None:
         if tl.load(exact) != 0:
             return
-    blocks_down, blocks_across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    blocks_down = tl.cdiv(M, BLOCK_M)
+    blocks_across = tl.cdiv(N, BLOCK_N)
     block_row, block_column = grouped(tl.program_id(0), blocks_down, blocks_across, GROUP)
     rows = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
     total = products(
-        x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
-    )
-    offset = -tl.load(shift)
-    if bias is not None:
-        offset += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
-    e = tl.exp2(total * (tl.load(scale) * LOG2E) + offset * LOG2E)
-    kept = kept_pairs(
-        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
-    )
-    e = tl.where(kept, e, 0.0)
-    if row_partial is not None:
-        at = row_partial + block_column.to(tl.int64) * M + rows
-        tl.store(at, tl.sum(e, 1), mask=rows < M)
-        if PRODUCTS:
-            tl.store(at + blocks_across.to(tl.int64) * M, tl.sum(e * total, 1), mask=rows < M)
-    if column_partial is not None:
-        at = column_partial + block_row.to(tl.int64) * N + columns
-        tl.store(at, tl.sum(e, 0), mask=columns < N)
-        if PRODUCTS:
-            tl.store(at + blocks_down.to(tl.int64) * N, tl.sum(e * total, 0), mask=columns < N)
-    if kept_rows is not None:
-        at = kept_rows + rows.to(tl.int64)[:, None] * kept_row + columns[None, :]
-        tl.store(at, narrow(e, kept_rows.dtype.element_ty), mask=(rows < KEPT)[:, None] & (columns < kept_row)[None, :])
+        x, y, rows, block_column * BLOCK_N + tl.arange(0, BLOCK_N), M, N, D, x_row, x_column, y_row, y_column,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    factor = tl.load(scale) * LOG2E
+    c = tl.load(shift)
+    if BLOCK_N >= 256:
+        left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _sum_tile(
+            left, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
+            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset,
+            row_ids_stride, column_ids_stride, OWN, PRODUCTS,
+        )  # fmt: skip
+        _sum_tile(
+            right, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns + BLOCK_N // 2,
+            2 * block_column + 1, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride,
+            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS,
+        )  # fmt: skip
+    else:
+        columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
+        _sum_tile(
+            total, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
+            block_column, block_row, blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset,
+            row_ids_stride, column_ids_stride, OWN, PRODUCTS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -149,7 +188,7 @@ class Pairs:
         m, (n, d) = end - begin, self.y.shape
         blocks = cdiv(m, chosen["BLOCK_M"]), cdiv(n, chosen["BLOCK_N"])
         new = {"dtype": torch.float32}
-        row_partial = self.x.new_empty(1 + products, blocks[1], m, **new) if sum_rows else None
+        row_partial = self.x.new_empty(1 + products, blocks[1] * (2 if chosen["BLOCK_N"] >= 256 else 1), m, **new) if sum_rows else None
         column_partial = self.x.new_empty(1 + products, blocks[0], n, **new) if sum_columns else None
         launch(
             _centred, (blocks[0] * blocks[1],),
