@@ -120,7 +120,9 @@ def test_the_library_keeps_to_the_stable_abi() -> None:
 def test_the_selfcheck_passes_here() -> None:
     checks = selfcheck.check()
     there = [name for name, reason in backends.available().items() if not reason]
-    assert {(c.op, c.backend) for c in checks} == {(op, name) for op in selfcheck._CASES for name in there}
+    assert {(c.op, c.backend) for c in checks if c.dtype is not None} == {
+        (op, name) for op, (_, kernels) in selfcheck._CASES.items() for name in there if name in ("reference", *kernels)
+    }
     assert all(check.ok for check in checks), checks
 
 

@@ -11,7 +11,10 @@ from torch import Tensor
 from vlpfast.ops import backends
 from vlpfast.ops.contrastive import (
     clip_loss,
+    distill,
+    distilled_contrastive_loss,
     pair,
+    pair_distill,
     pair_logsumexp,
     pair_softplus,
     sample,
@@ -48,7 +51,7 @@ def _checks(op: str, backend: str) -> list[Check]:
     kernels = _CASES[op][1]
     if backend != "reference" and backend not in kernels:
         return [Check(op, backend, None, True, f"{op} has no {backend} kernel")]
-    return [_check(op, backend, kernels.get(backend, "cpu"), dtype) for dtype in TOLERANCES]
+    return [_check(op, backend, backends.device_type(backend), dtype) for dtype in TOLERANCES if backends.takes(backend, dtype)]
 
 
 def _pair_logsumexp(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,6 +89,19 @@ def _linear_cross_entropy(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> 
     return (linear_cross_entropy(x, y, labels, bias=bias, ignore_index=2, label_smoothing=0.1, reduction="none"),)
 
 
+def _pair_distill(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
+    own = torch.arange(len(x), device=x.device) // 2  # columns repeat
+    left_out = (ids[: len(x)], ids[: len(y)])
+    x_t, y_t = x.flip(1), y.roll(1, 1)
+    return pair_distill(x, y, x_t, y_t, scale, 0.7 * scale, own=own, leave_out=left_out, bias_t=bias)
+
+
+def _distilled_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    n, x_t = len(x), x.flip(1)
+    return (distilled_contrastive_loss(x, y[:n], x_t, y[:n].roll(1, 1), scale, 0.4, row_negatives=y, col_negatives=x),)
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -94,6 +110,8 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "sigmoid_loss": (_sigmoid_loss, softplus.KERNELS),
     "sample_hard_negatives": (_sample_hard_negatives, sample.KERNELS),
     "linear_cross_entropy": (_linear_cross_entropy, pair.KERNELS),
+    "pair_distill": (_pair_distill, distill.KERNELS),
+    "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 

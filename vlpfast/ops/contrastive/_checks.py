@@ -44,18 +44,18 @@ def same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def check_scale(scale: Any, x: Tensor) -> Tensor:
+def check_scale(scale: Any, x: Tensor, name: str = "scale") -> Tensor:
     """`scale` as a 0-d tensor of the dtype that sums beside x have."""
     dtype = accumulate_dtype(x.dtype)
     if isinstance(scale, Tensor):
-        check_tensor("scale", scale, x.device, DTYPES, None)
-        debug.check_finite("scale", scale)  # its sign is left alone: whatever is learned may change it
+        check_tensor(name, scale, x.device, DTYPES, None)
+        debug.check_finite(name, scale)  # its sign is left alone: whatever is learned may change it
         return scale.to(dtype)
     if isinstance(scale, float | int) and not isinstance(scale, bool):
         if not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"scale: expected a finite number >= 0, got {scale}")
+            raise ValueError(f"{name}: expected a finite number >= 0, got {scale}")
         return torch.full((), scale, dtype=dtype, device=x.device)
-    raise TypeError(f"scale: expected a float or a 0-d tensor, got {type(scale).__name__}")
+    raise TypeError(f"{name}: expected a float or a 0-d tensor, got {type(scale).__name__}")
 
 
 def check_loss_scale(scale: Any) -> None:
@@ -64,10 +64,10 @@ def check_loss_scale(scale: Any) -> None:
         raise ValueError(f"scale: expected a number > 0, got {scale}")
 
 
-def check_bias(bias: Tensor, x: Tensor, n: int) -> Tensor:
+def check_bias(bias: Tensor, x: Tensor, n: int, name: str = "bias") -> Tensor:
     """`bias`, 0-d or [n], in the dtype that sums beside x have."""
-    check_tensor("bias", bias, x.device, DTYPES, None if isinstance(bias, Tensor) and bias.ndim == 0 else n)
-    debug.check_finite("bias", bias)
+    check_tensor(name, bias, x.device, DTYPES, None if isinstance(bias, Tensor) and bias.ndim == 0 else n)
+    debug.check_finite(name, bias)
     return bias.to(accumulate_dtype(x.dtype))
 
 
@@ -132,6 +132,18 @@ def check_more_features(name: str, features: Any, x: Tensor) -> None:
     if features.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} as x has, got {features.device}")
     debug.check_finite(name, features)
+
+
+def check_rows(name: str, features: Any, rows: int, x: Tensor) -> None:
+    """Features [rows, any width] beside x."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
+    if features.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {features.dtype}")
+    if features.ndim != 2 or features.shape[0] != rows:
+        raise ValueError(f"{name}: expected shape [{rows}, width], got {tuple(features.shape)}")
+    if features.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} as x has, got {features.device}")
 
 
 def check_same_length(x: Tensor, y: Tensor) -> None:
@@ -222,3 +234,12 @@ def check_nonnegative(name: str, value: Any, kinds: str = "a float") -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
     return float(value)
+
+
+def check_alpha(alpha: Any, x: Tensor) -> None:
+    if isinstance(alpha, Tensor):
+        check_tensor("alpha", alpha, x.device, DTYPES, None)
+    elif not _is_number(alpha):
+        raise TypeError(f"alpha: expected a number or a 0-d tensor, got {alpha!r}")
+    elif not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")

@@ -138,3 +138,36 @@ def philox(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, key: tuple[Tensor, Te
 
 
 _LOW = 0xFFFFFFFF  # of 64 bits the lower 32
+
+
+def pair_distill(
+    x: Tensor,  # [M, D]
+    y: Tensor,  # [N, D]
+    x_t: Tensor,  # [M, E]
+    y_t: Tensor,  # [N, E]
+    scale: Tensor,  # []
+    scale_t: Tensor,  # []
+    *,
+    own: int | Tensor | None = 0,  # [M] int64
+    leave_out: tuple[Tensor, Tensor] | None = None,  # [M], [N] int64
+    bias_t: Tensor | None = None,  # [] or [N]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """student, teacher, cross [M] as the public function of this name defines them; float64 in float64, else in float32."""
+    dtype = accumulate_dtype(x.dtype)
+    logits = scale.to(dtype) * (x.to(dtype) @ y.to(dtype).T)  # [M, N]
+    with torch.no_grad():
+        logits_t = scale_t.to(dtype) * (x_t.to(dtype) @ y_t.to(dtype).T)
+        if bias_t is not None:
+            logits_t = logits_t + bias_t.to(dtype)
+    out = torch.zeros(logits.shape, dtype=torch.bool, device=x.device)  # [M, N] True: stays out of the sums
+    if leave_out is not None:
+        out = leave_out[0][:, None] == leave_out[1]
+    if own is not None:
+        row = torch.arange(x.shape[0], device=x.device)
+        column = row + own if not isinstance(own, Tensor) else own  # [M] the column of each row's own pair
+        out = out.index_put((row, column), torch.ones((), dtype=torch.bool, device=x.device))
+        logits, logits_t = (s - s[row, column][:, None] for s in (logits, logits_t))
+    kept, kept_t = (s.masked_fill(out, -torch.inf) for s in (logits, logits_t))
+    student, teacher = kept.logsumexp(1), kept_t.logsumexp(1)
+    lowest = torch.where(teacher == -torch.inf, 0, teacher)[:, None]  # a row with no sum has the softmax 0
+    return student, teacher, ((kept_t - lowest).exp() * logits.masked_fill(out, 0)).sum(1)
