@@ -8,11 +8,16 @@
 namespace vlpfast::contrastive {
 namespace { // each copy's dispatcher would otherwise be exported
 
-// out = scale * (s - origin) + bias: exact differences where products are close to the origin; out may be s.
-template <class T>
-VLPFAST_CLONES void differences(T* out, const T* s, int64_t n, T scale, T origin, const T* bias) {
+// out = s - origin: exact where products are close to the origin; out may be s.
+template <class T> VLPFAST_CLONES void subtract(T* out, const T* s, int64_t n, T origin) {
     for (int64_t j = 0; j < n; ++j)
-        out[j] = scale * (s[j] - origin) + bias[j];
+        out[j] = s[j] - origin;
+}
+
+// out = scale * d + bias; out may be d.
+template <class T> VLPFAST_CLONES void scale_and_add(T* out, const T* d, int64_t n, T scale, const T* bias) {
+    for (int64_t j = 0; j < n; ++j)
+        out[j] = scale * d[j] + bias[j];
 }
 
 // NaN is passed over (it shows in the sums).

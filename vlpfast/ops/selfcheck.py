@@ -68,7 +68,9 @@ def _pair_distill(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Te
 
 def _distilled_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
     n, x_t = len(x), x.flip(1)
-    return (contrastive.distilled_contrastive_loss(x, y[:n], x_t, y[:n].roll(1, 1), scale, 0.4, row_negatives=y, col_negatives=x),)
+    return (
+        contrastive.distilled_contrastive_loss(x, y[:n], x_t, y[:n].roll(1, 1), scale, 0.4, row_negatives=y, col_negatives=x),
+    )
 
 
 _CASES: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pair_logsumexp": _pair_logsumexp, "clip_loss": _clip_loss}
