@@ -86,15 +86,15 @@ def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, n
     )
 
 
-# Student's logits S = scale * x @ y.T, teacher's T = scale_t * x_t @ y_t.T (+ bias_t), x_t [M, E], y_t [N, E]; no y_t: y itself.
-# `stats` [6, M]: sum of exp(S - shift) and shift, then T's, where S and T are relative to the own logit, rounded, of the row;
-# then d student / d scale and d cross / d scale.
+# Student's logits S = scale * x @ y.T, teacher's T = scale_t * x_t @ y_t.T (+ bias_t), x_t [M, E], y_t [N, E]; no y_t: y.
+# `stats` [6, M]: sum of exp(S - shift) and shift, then T's, where S and T are relative to the own logit, rounded; then
+# d student / d scale and d cross / d scale.
 # `slopes` [2, M, D] ([0, M, D] unless wanted): what y's rows average to under softmax(S) and softmax(T), minus the own row.
 # `stash`: the products, the first min(keep, 2 * M * N) in the kernel's own order; the backward makes the others again.
 torch.library.define(
     "vlpfast::pair_distill_fwd",
-    "(Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, Tensor? bias_t, Tensor? own, SymInt? own_offset, "
-    "Tensor? row_ids, Tensor? column_ids, bool want_slopes, SymInt keep) "
+    "(Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, Tensor? bias_t, "
+    "Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, bool want_slopes, SymInt keep) "
     "-> (Tensor student, Tensor teacher, Tensor cross, Tensor stats, Tensor slopes, Tensor stash)",
     tags=torch.Tag.pt2_compliant_tag,
 )

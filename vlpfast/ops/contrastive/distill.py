@@ -148,7 +148,7 @@ def distilled_contrastive_loss(
     col_negatives: Tensor | None = None,
     stash_bytes: int = STASH_BYTES,
 ) -> Tensor:
-    """The contrastive loss with a momentum teacher's soft targets (ALBEF): per row the cross-entropy of the student's logits with
+    """The contrastive loss with a momentum teacher's soft targets (ALBEF): a row's cross-entropy of the student's logits with
 
         alpha * softmax(teacher's logits) + (1 - alpha) * one-hot(own pair)
 
@@ -224,7 +224,7 @@ def distilled_contrastive_loss(
 
 
 def _merged(own: Distilled, more: Distilled, own_logits: Tensor, own_logits_t: Tensor) -> Distilled:
-    """The result over the columns of both: of `own` with own pairs, of `more` without. own_logits: the student's [M], teacher's."""
+    """Over the columns of both, `own` with own pairs and `more` without; own_logits: the student's and the teacher's, [M]."""
     beside = more.teacher - own_logits_t
     teacher = logaddexp(own.teacher, beside)
     share = (own.teacher - teacher).exp()  # of the first columns in the teacher's sum
@@ -233,7 +233,7 @@ def _merged(own: Distilled, more: Distilled, own_logits: Tensor, own_logits_t: T
 
 
 class PairDistill(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.pair_distill_fwd (vlpfast/ops/_schemas.py); student and cross have gradients."""
+    """Arguments and results of torch.ops.vlpfast.pair_distill_fwd (vlpfast/ops/_schemas.py); student, cross have gradients."""
 
     @staticmethod
     def forward(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep):
@@ -244,7 +244,7 @@ class PairDistill(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         *tensors, ctx.own_offset, row_ids, column_ids, _, _ = inputs
-        student, teacher, cross, *saved = output  # stats, slopes, stash
+        _, teacher, _, *saved = output  # stats, slopes, stash
         ctx.save_for_backward(*tensors, row_ids, column_ids, *saved)
         ctx.mark_non_differentiable(teacher, *saved)
         ctx.set_materialize_grads(False)
