@@ -72,6 +72,7 @@ void sum_part(const Distillation<T>& d, const Rows<T>& rows, int64_t i0, int64_t
     const Parts tiles(count, kTile);
     for (int64_t J = 0; J < tiles.count; ++J) {
         const int64_t j0 = from + tiles.begin(J), n = tiles.length(J);
+        const int64_t next = j0 + n, next_count = J + 1 < tiles.count ? tiles.length(J + 1) : 0;
         columns.set(j0, n, true, sums.weighted);
         for (int64_t strip = 0; strip < rows.strips.count; ++strip) {
             const int64_t begin = rows.strips.begin(strip), m = rows.strips.length(strip);
@@ -89,23 +90,24 @@ void sum_part(const Distillation<T>& d, const Rows<T>& rows, int64_t i0, int64_t
                 T* const t = kept ? differences + 2 * kTile : tile.data + (m + r) * tile.row;
                 Row<T>&student = sums.student[begin + r], &teacher = sums.teacher[begin + r];
 
-                d.teacher.differences(t, products_t, n, i, j0);
-                d.teacher.logits(t, t, n, i, j0);
-                const double factor_t = teacher.raise(largest(t, n));
-                teacher.sum += exponentiate(t, n, teacher.usable_shift());
+                if (strip == 0)
+                    columns.prefetch(next + r * next_count / m, next + (r + 1) * next_count / m);
                 d.student.differences(differences, products, n, i, j0);
-                teacher.mean += weighted_sum(t, differences, n);
-                d.teacher.refine(t, n, i, j0, teacher.usable_shift(), teacher.sum, [&](int64_t j, double by, double) {
-                    const double product =
-                        dot(d.student.p.x.row(i, x_copy.data()), d.student.p.y.row(j0 + j, y_copy.data()), D);
-                    teacher.change(t[j], by, differences[j], product - d.student.origin[i]);
-                });
-
-                d.student.logits(s, differences, n, i, j0);
-                const double factor = student.raise(largest(s, n));
-                student.sum += exponentiate(s, n, student.usable_shift());
-                student.mean += weighted_sum(s, differences, n);
-                d.student.refine(s, n, i, j0, student.usable_shift(), student.sum,
+                d.teacher.logits(t, products_t, n, i, j0);
+                const T most_t = largest(t, n);
+                const double factor_t = teacher.raise(most_t);
+                exponentiate(t, differences, n, teacher.usable_shift(), teacher.sum, teacher.mean);
+                d.teacher.refine(
+                    t, n, i, j0, teacher.usable_shift(), most_t, teacher.sum, [&](int64_t j, double by, double) {
+                        const double product =
+                            dot(d.student.p.x.row(i, x_copy.data()), d.student.p.y.row(j0 + j, y_copy.data()), D);
+                        teacher.change(t[j], by, differences[j], product - d.student.origin[i]);
+                    });
+                d.student.logits(s, products, n, i, j0);
+                const T most = largest(s, n);
+                const double factor = student.raise(most);
+                exponentiate(s, differences, n, student.usable_shift(), student.sum, student.mean);
+                d.student.refine(s, n, i, j0, student.usable_shift(), most, student.sum,
                                  [&](int64_t j, double by, double product) {
                                      student.change(s[j], by, differences[j], product - d.student.origin[i]);
                                  });
@@ -267,10 +269,10 @@ Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Te
                         const int64_t i = i0 + begin + r;
                         T* const s = tile.data + r * tile.row;
                         const auto exponentials = [&](const Side<T>& side, T* out, int64_t row, T shift, T sum) {
-                            side.differences(out, products.data + row * products.row, n, i, j0);
-                            side.logits(out, out, n, i, j0);
+                            side.logits(out, products.data + row * products.row, n, i, j0);
+                            const T most = largest(out, n);
                             exponentiate(out, n, shift);
-                            side.refine(out, n, i, j0, shift, sum, [](int64_t, double, double) {});
+                            side.refine(out, n, i, j0, shift, most, sum, [](int64_t, double, double) {});
                         };
                         exponentials(d.teacher, t, m + r, shift_t[i], sum_t[i]);
                         exponentials(d.student, s, r, shift[i], sum[i]);

@@ -10,7 +10,7 @@
 namespace vlpfast::contrastive {
 
 // Rows that share the parts' sums, rows of a strip (as many again are the teacher's), parts of the columns, columns of
-// a tile. A tile and its rows of y stay in the second-level cache.
+// a tile. A tile, its rows of y and the next ones stay in a second-level cache of 2 MiB.
 constexpr int64_t kBlock = 512, kStrip = 128, kParts = 16, kTile = 512;
 
 inline Parts column_parts(int64_t N) {
@@ -37,22 +37,24 @@ template <class T> struct Side {
     double correction(int64_t i) const {
         return p.own_column.empty() ? 0 : p.scale * (origin[i] - own[i]) - p.bias[p.own_column[i]];
     }
-    // A row of products becomes one of differences, of which those that stay out are 0.
+    // A row of products becomes one of differences to the own one, 0 for those that stay out.
     void differences(T* out, const T* products, int64_t n, int64_t i, int64_t begin) const {
         subtract(out, products, n, origin[i]);
         p.leave_out(out, n, i, begin, T(0));
     }
-    // A row of differences becomes one of logits.
-    void logits(T* out, const T* differences, int64_t n, int64_t i, int64_t begin) const {
-        scale_and_add(out, differences, n, p.scale, p.bias.data() + begin);
+    // A row of products becomes one of logits.
+    void logits(T* out, const T* products, int64_t n, int64_t i, int64_t begin) const {
+        to_logits(out, products, n, p.scale, origin[i], p.bias.data() + begin);
         p.leave_out(out, n, i, begin, -std::numeric_limits<T>::infinity());
     }
-    // See Problem::refine; `sum`: of the row.
+    // See Problem::refine; most: the largest logit of these, sum: of the row.
     template <class F>
-    void refine(T* e, int64_t n, int64_t i, int64_t begin, T shift, double sum, const F& changed) const {
+    void refine(T* e, int64_t n, int64_t i, int64_t begin, T shift, T most, double sum, const F& changed) const {
         static const std::vector<T> no_limits(kTile, std::numeric_limits<T>::infinity());
-        p.refine(e, n, i, begin, static_cast<double>(shift) + static_cast<double>(p.scale) * origin[i],
-                 static_cast<T>(kRefinedShare * sum), no_limits.data(), changed);
+        const T limit = static_cast<T>(kRefinedShare * sum);
+        if (std::exp(most - shift) > limit / 2)
+            p.refine(e, n, i, begin, static_cast<double>(shift) + static_cast<double>(p.scale) * origin[i], limit,
+                     no_limits.data(), changed);
     }
 };
 
@@ -128,6 +130,11 @@ template <class T> class Columns {
         student_.product(tile, x.student(begin), d_.shared ? 2 * m : m, false);
         if (!d_.shared)
             teacher_.product(tile.from(m), x.teacher(begin), m, false);
+    }
+    // Asks for rows of y ahead of their use, which they would otherwise hold up: a product's own reads are too late.
+    void prefetch(int64_t begin, int64_t end) const {
+        for (int64_t j = begin; j < end; ++j)
+            d_.student.p.y.prefetch(j);
     }
     // out [m, D] += weights [m, n] y
     void times_y(T* out, View<const T> weights, int64_t m) const { rows_.product({out, d_.D(), 1}, weights, m, true); }

@@ -148,13 +148,13 @@ def distilled_contrastive_loss(
     col_negatives: Tensor | None = None,
     stash_bytes: int = STASH_BYTES,
 ) -> Tensor:
-    """The contrastive loss with a momentum teacher's soft targets (ALBEF): a row's cross-entropy of the student's logits with
+    """The contrastive loss with a momentum teacher's soft targets (ALBEF): a row's cross-entropy against
 
         alpha * softmax(teacher's logits) + (1 - alpha) * one-hot(own pair)
 
     With momentum keys and queues:
 
-        rows: student x_i, teacher x_t_i, both against [y_t; row_negatives]        columns: y_j, y_t_j against [x_t; col_negatives]
+        rows: student x_i, teacher x_t_i, both against [y_t; row_negatives]     columns: y_j, y_t_j against [x_t; col_negatives]
 
     Nothing of the size N x (N + Q) is made or kept, queues are read where they lie, and for alpha = 0 a loss near zero keeps its
     digits as in `clip_loss`.
