@@ -131,23 +131,24 @@ def _(x: Tensor, y: Tensor, scale, own, own_offset, row_ids, column_ids, count, 
     return x.new_empty((x.shape[0], count), dtype=torch.int64)
 
 
-# Student's logits S = scale * x @ y.T, teacher's T = scale_t * x_t @ y_t.T (+ bias_t), x_t [M, E], y_t [N, E]; no y_t: y itself.
-# `stats` [4, M]: sum of exp(S - shift) and shift, then T's, where S and T are relative to the own logit, rounded, of the row.
+# Student's logits S = scale * x @ y.T, teacher's T = scale_t * x_t @ y_t.T (+ bias_t), x_t [M, E], y_t [N, E]; no y_t: y.
+# `stats` [6, M]: sum of exp(S - shift) and shift, then T's, where S and T are relative to the own logit, rounded; then
+# d student / d scale and d cross / d scale.
 # `slopes` [2, M, D] ([0, M, D] unless wanted): what y's rows average to under softmax(S) and softmax(T), minus the own row.
 # `stash`: the products, the first min(keep, 2 * M * N) in the kernel's own order; the backward makes the others again.
 torch.library.define(
     "vlpfast::pair_distill_fwd",
-    "(Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, Tensor? bias_t, Tensor? own, SymInt? own_offset, "
-    "Tensor? row_ids, Tensor? column_ids, bool want_slopes, SymInt keep) "
+    "(Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, Tensor? bias_t, "
+    "Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, bool want_slopes, SymInt keep) "
     "-> (Tensor student, Tensor teacher, Tensor cross, Tensor stats, Tensor slopes, Tensor stash)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-# What is not needed comes back empty. dscale has shape [1].
+# What is not needed comes back empty; the gradient of scale is in the stats.
 torch.library.define(
     "vlpfast::pair_distill_bwd",
     "(Tensor grad_student, Tensor grad_cross, Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, "
     "Tensor? bias_t, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, Tensor stats, Tensor stash, "
-    "bool need_x, bool need_y, bool need_scale) -> (Tensor dx, Tensor dy, Tensor dscale)",
+    "bool need_x, bool need_y) -> (Tensor dx, Tensor dy)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
@@ -160,7 +161,7 @@ def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, r
         x.new_empty(m, **new),
         x.new_empty(m, **new),
         x.new_empty(m, **new),
-        x.new_empty((4, m), **new),
+        x.new_empty((6, m), **new),
         x.new_empty((2 if want_slopes else 0, m, d), **new),
         x.new_empty(torch.sym_min(keep, 2 * m * n), **new),
     )
@@ -168,9 +169,5 @@ def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, r
 
 @torch.library.register_fake("vlpfast::pair_distill_bwd")
 def _(grad_student, grad_cross, x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
-      stats, stash, need_x, need_y, need_scale):  # fmt: skip
-    return (
-        x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
-        y.new_empty((y.shape[0] if need_y else 0, y.shape[1])),
-        x.new_empty(1 if need_scale else 0, dtype=accumulate_dtype(x.dtype)),
-    )
+      stats, stash, need_x, need_y):  # fmt: skip
+    return x.new_empty((x.shape[0] if need_x else 0, x.shape[1])), y.new_empty((y.shape[0] if need_y else 0, y.shape[1]))
