@@ -16,6 +16,7 @@ from vlpfast.ops.contrastive.triton_sums import Pairs, chunks
 from vlpfast.ops.contrastive.triton_tiles import own_logits, tile
 
 SMALLEST_SUM = 1e-25  # sums below it have lost too much to flushed terms, as in csrc/contrastive/problem.h
+MOST_COLUMNS = 1 << 24  # a tile of 128 rows of exponentials is addressed by 32-bit offsets from its first
 PARTIAL_BYTES = 64 << 20  # of sums by tile: the forward takes rows in chunks that need no more
 WORKSPACE_BYTES = 256 << 20  # of exponentials that the backward makes again, chunk by chunk, at least 128 rows at a time
 
@@ -35,12 +36,14 @@ def forward(
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     m, n = x.shape[0], y.shape[0]
+    if n >= MOST_COLUMNS:
+        raise ValueError(f"y: expected less than {MOST_COLUMNS} rows for a Triton kernel, got {n}")
     stash = x.new_empty(stash_shape(m, n, keep), dtype=stash_dtype("triton", x.dtype))
     pairs = Pairs(x, y, scale, bias, own, own_offset, row_ids, column_ids)
     shift = pairs.centre()
     row_sums, column_sums = (x.new_zeros(2, size, dtype=torch.float64) for size in (m, n))
     chosen = tile("pair_centred", x)
-    bytes_of_a_row = 2 * (4 * n // chosen["BLOCK_M"] + 4 * n // chosen["BLOCK_N"])
+    bytes_of_a_row = 8 * n // chosen["BLOCK_M"] + 8 * n // min(128, chosen["BLOCK_N"])
     for begin, end in chunks(0, m, bytes_of_a_row, PARTIAL_BYTES):
         row_partial, column_partial = pairs.centred(shift, begin, end, stash[begin:end], want_rows, want_columns, want_scale)
         if row_partial is not None:
@@ -113,5 +116,5 @@ def backward(
     dscale = x.new_empty(0, dtype=torch.float32)
     if need_scale:
         sides = ((want_rows, grad_rows, row_stats), (want_columns, grad_columns, column_stats))
-        dscale = sum((g.double() @ stats[2].double()).float().reshape(1) for wanted, g, stats in sides if wanted)
+        dscale = sum((g.double() * stats[2]).sum(0, keepdim=True).float() for wanted, g, stats in sides if wanted)
     return dx.out, dy.out, dscale, dy.bias_gradient()
