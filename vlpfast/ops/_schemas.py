@@ -28,7 +28,8 @@ _PAIR_BWD = (
 )
 torch.library.define("vlpfast::pair_fwd", _PAIR_FWD, tags=torch.Tag.pt2_compliant_tag)
 torch.library.define("vlpfast::pair_bwd", _PAIR_BWD, tags=torch.Tag.pt2_compliant_tag)
-# want_scale: the derivatives of rows and columns by the scale stand in row 2 of the stats [3, M] and [3, N].
+# want_scale: the derivatives of rows and columns by the scale stand in row 2 of the stats [3, M] and [3, N]. The sums of rows in
+# `row_stats` are those of the exponentials as they are kept, in bfloat16 for bfloat16 features.
 torch.library.define(
     "vlpfast::pair_fwd_triton", _PAIR_FWD.replace("SymInt keep", "bool want_scale, SymInt keep"), tags=torch.Tag.pt2_compliant_tag
 )

@@ -184,7 +184,7 @@ def _exact_gradient(
         if bias is not None:
             s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
         kept = kept_pairs(
-            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, False
         )
         s = tl.where(kept, s, float("-inf"))
         a = tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]

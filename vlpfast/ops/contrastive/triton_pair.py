@@ -41,15 +41,17 @@ def forward(
     stash = x.new_empty(stash_shape(m, n, keep), dtype=stash_dtype("triton", x.dtype))
     pairs = Pairs(x, y, scale, bias, own, own_offset, row_ids, column_ids)
     shift = pairs.centre()
-    row_sums, column_sums = (x.new_zeros(2, size, dtype=torch.float64) for size in (m, n))
+    rounded = x.dtype == torch.bfloat16
+    row_sums, column_sums = (x.new_zeros(3, size, dtype=torch.float64) for size in (m, n))
     chosen = tile("pair_centred", x)
     bytes_of_a_row = 8 * n // chosen["BLOCK_M"] + 8 * n // min(128, chosen["BLOCK_N"])
     for begin, end in chunks(0, m, bytes_of_a_row, PARTIAL_BYTES):
         row_partial, column_partial = pairs.centred(shift, begin, end, stash[begin:end], want_rows, want_columns, want_scale)
-        if row_partial is not None:
-            row_sums[: len(row_partial), begin:end] = row_partial.sum(1, dtype=torch.float64)
-        if column_partial is not None:
-            column_sums[: len(column_partial)] += column_partial.sum(1, dtype=torch.float64)
+        for i in range(3):
+            if want_rows and (i == 0 or (i == 1 and want_scale) or (i == 2 and rounded)):
+                row_sums[i, begin:end] = row_partial[i].sum(0, dtype=torch.float64)
+            if want_columns and (i == 0 or (i == 1 and want_scale)):
+                column_sums[i] += column_partial[i].sum(0, dtype=torch.float64)
     row_shifts, column_shifts = shift.repeat(m), shift.repeat(n)
     sides = ((want_rows, row_sums, row_shifts, 1), (want_columns, column_sums, column_shifts, 0))
     exact = torch.stack([(sums[0] < SMALLEST_SUM).any() & wanted for wanted, sums, _, _ in sides]).any()  # NaN: no
@@ -58,10 +60,11 @@ def forward(
             pairs.exact_sums(sums, shifts, exact, along)
     own_values = own_logits(x, y, scale, bias, own, own_offset)
     results, stats = [], []
-    for (wanted, sums, shifts, _), (logits, dots) in zip(sides, own_values, strict=True):
+    for (wanted, sums, shifts, along), (logits, dots) in zip(sides, own_values, strict=True):
         results.append((sums[0].log() + shifts - logits).float() if wanted else x.new_empty(0, dtype=torch.float32))
         by_scale = torch.where(sums[0] == 0, 0, sums[1] / sums[0]) - dots
-        stats.append(torch.stack([sums[0].float(), shifts, by_scale.float()]))
+        weighed_by = sums[2 if rounded and along else 0]  # so that weights of rounded exponentials sum to one
+        stats.append(torch.stack([weighed_by.float(), shifts, by_scale.float()]))
     return *results, *stats, exact, stash
 
 

@@ -56,12 +56,15 @@ def products(
 @triton.jit
 def kept_pairs(
     rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride,
-    OWN: tl.constexpr,
+    OWN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]: whether a pair is one of the matrix and takes part in the sums."""
+    """[BLOCK_M, BLOCK_N] or broadcast to it: whether a pair is one of the matrix (EVEN: all are) and takes part in the sums."""
     inside_rows = rows < M
     inside_columns = columns < N
-    kept = inside_rows[:, None] & inside_columns[None, :]
+    if EVEN:
+        kept = tl.full((1, 1), 1, tl.int1)
+    else:
+        kept = inside_rows[:, None] & inside_columns[None, :]
     if OWN == 1:
         kept = kept & (columns[None, :] != (rows + own_offset)[:, None])
     if OWN == 2:
