@@ -124,12 +124,13 @@ def test_the_tiles_that_ship(chip: str, dtype: torch.dtype, monkeypatch: pytest.
         assert relative_error(found, exact) < (4e-3 if dtype == torch.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("own", ["offset", "index"])
-@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (1, 3), (3,)])
+@pytest.mark.parametrize(
+    ("own", "wanted"), [("offset", (0, 1, 2, 3)), ("index", (0, 1, 2, 3)), ("index", (1,)), ("offset", (3,))]
+)
 def test_chunks_of_rows(own: str, wanted: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward's, whose sums by tile are added, and the backward's, which begin where the stash ends."""
-    leaves = problem(280, 300, 20)
-    column = 5 if own == "offset" else permutation(280, 300).to(DEVICE)
+    leaves = problem(260, 265, 20)
+    column = 5 if own == "offset" else permutation(260, 265).to(DEVICE)
 
     def run(stash_bytes: int) -> list[Tensor]:
         def function(*some: Tensor) -> Tensor:
@@ -141,19 +142,19 @@ def test_chunks_of_rows(own: str, wanted: tuple[int, ...], monkeypatch: pytest.M
     at_once = run(4 << 30)
     monkeypatch.setattr(triton_pair, "PARTIAL_BYTES", 1)
     monkeypatch.setattr(triton_pair, "WORKSPACE_BYTES", 1)
-    for stash_bytes in (0, 100 * 304 * 2):
+    for stash_bytes in (0, 100 * 272 * 2):
         for found, expected in zip(run(stash_bytes), at_once, strict=True):
             assert relative_error(found, expected) < 2e-3  # bfloat16 results: sums in another order, rounded once
 
 
 def test_the_workspace_is_bounded_and_covers_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.empty(100_000, 64, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(30_000, 64, dtype=torch.bfloat16, device="meta")
     arguments = x, x, torch.empty((), device="meta"), None, None, 0, None, None
     with _triton.recording("sm_90") as launches:
         rows, columns, *saved = triton_pair.forward(*arguments, True, True, True, 0)
         triton_pair.backward(rows, columns, *arguments, True, True, *saved, True, True, True, False)
     kept = [t.arguments["kept_rows"] for t in launches if t.arguments.get("kept_rows") is not None]
-    assert sum(len(t) for t in kept) == 100_000
+    assert sum(len(t) for t in kept) == 30_000
     assert max(t.numel() * t.element_size() for t in kept) <= triton_pair.WORKSPACE_BYTES
     partial = [t.arguments["column_partial"] for t in launches if t.arguments.get("column_partial") is not None]
     assert max(t.numel() * 4 for t in partial) <= triton_pair.PARTIAL_BYTES
@@ -198,7 +199,7 @@ REGIMES = {
     "random, scale 100": lambda: pairs(140, 140, 64, scale=100.0),
     "initial cone": lambda: cone(140, 64),
     "low loss": lambda: pairs(140, 140, 64, noise=0.6, scale=50.0),
-    "near-zero loss": lambda: pairs(140, 140, 512, noise=0.2, scale=100.0),
+    "near-zero loss": lambda: pairs(140, 140, 256, noise=0.2, scale=100.0),
     "near-duplicates": lambda: duplicates(140, 64),
     "2 % noisy pairs": lambda: noisy(140, 64),
 }
@@ -241,7 +242,7 @@ def test_small_and_large_incoming_gradients(size: float, dtype: torch.dtype) -> 
         return (size * torch.linspace(-1, 2, 40, device=DEVICE) * (rows + cols)).sum()
 
     found, exact = value_and_gradients(total, *inputs), exact_values(total, *inputs)
-    assert relative_error(found[3], exact[3]) < 1e-4
+    assert relative_error(found[3], exact[3]) < 1e-3  # a difference of terms fifty times larger
     if dtype == torch.bfloat16:
         for ours, right in zip(found[1:3], exact[1:3], strict=True):
             assert relative_error(ours, right) < 8e-3

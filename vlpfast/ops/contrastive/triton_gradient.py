@@ -96,7 +96,7 @@ def _centred_gradient(
     """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others], of which more may come (LAST)."""
     if tl.load(exact) != 0:
         return
-    slices = tl.cdiv(D, BLOCK_D) if PRODUCT else 1
+    slices = tl.maximum(tl.cdiv(D, BLOCK_D), 1) if PRODUCT else 1
     part = tl.program_id(0) % slices
     lines = tl.program_id(0) // slices * BLOCK_L + tl.arange(0, BLOCK_L)
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -156,7 +156,7 @@ def _exact_gradient(
     """The same where every row and column has its own shift; each program makes the logits that it needs. ALONG: the axis summed."""
     if tl.load(exact) == 0:
         return
-    slices = tl.cdiv(D, BLOCK_D)
+    slices = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
     part = tl.program_id(0) % slices
     block = tl.program_id(0) // slices
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)
