@@ -4,8 +4,8 @@
     python benchmarks/compiled_kernels.py --only pair_logsumexp --dtype bfloat16 --chip sm_90      only prints
 
 An operator is in the table by one row in CALLS: a call of its kernels on meta tensors of the size that is reported. What it would
-launch is compiled with the shipped tiles, as the launch would: divisibility by 16 of pointers, sizes and strides included. Times and
-speeds are no part of it: they need a GPU.
+launch is compiled with the shipped tiles, as the launch would: divisibility by 16 of pointers, sizes and strides included.
+Speeds are no part of it: they need a GPU.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def page(results: dict[str, list[Compiled]]) -> str:
             + " |"
             for k in kernels
         ]
-        head = "| kernel | features | tile | registers | spilled bytes | shared KiB | instructions |\n|---|---|---|---|---|---|---|\n"
+        head = "| kernel | features | tile | registers | spilled bytes | shared KiB | instructions |\n" + "|---" * 7 + "|\n"
         tables.append(f"## {chip}\n\n{head}" + "\n".join(rows))
     template = Path(__file__).with_name("compiled_kernels.md").read_text()
     return template.format(n=N, d=D, triton=triton.__version__, tables="\n\n".join(tables))

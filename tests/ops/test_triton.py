@@ -80,7 +80,7 @@ def test_float64_is_the_references() -> None:
     with pytest.warns(UserWarning, match="float64 op has no kernel for torch.float64 tensors on cuda here: the slow"):
         assert backends.choose("float64 op", kernels, cuda, torch.float64) == "reference"
     x = torch.ones(2, 3, dtype=torch.float64, device=DEVICE)
-    with backends.use("triton"), pytest.raises(RuntimeError, match="'triton' is forced, but it has no kernels for torch.float64"):
+    with backends.use("triton"), pytest.raises(RuntimeError, match="is forced, but it has no kernels for torch"):
         clip_loss(x, x, 1.0)
 
 

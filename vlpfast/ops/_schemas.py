@@ -11,8 +11,8 @@ from torch import Tensor
 
 # Logits S = scale * x @ y.T (+ bias), x [M, D], y [N, D]; own pair of row i: column own[i], or i + own_offset, or none.
 # `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts; `exact`: whether the shifts differ.
-# `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the others again. pair_fwd: the first min(keep, M * N)
-# in the kernel's own order, in the accumulating dtype; pair_fwd_triton: the first rows, see `stash_shape`, in `stash_dtype`.
+# `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the others again. In pair_fwd the first
+# min(keep, M * N) in the kernel's own order, in the accumulating dtype; in pair_fwd_triton rows: `stash_shape`, `stash_dtype`.
 _PAIR_FWD = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
     "bool want_rows, bool want_columns, SymInt keep) "

@@ -153,7 +153,10 @@ def _exact_gradient(
     OWN: tl.constexpr, LINE_OWN: tl.constexpr, ALONG: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The same where every row and column has its own shift; each program makes the logits that it needs. ALONG: the axis summed."""
+    """The same where every row and column has its own shift: each program makes the logits that it needs.
+
+    ALONG: the axis that is summed.
+    """
     if tl.load(exact) == 0:
         return
     slices = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
@@ -300,9 +303,9 @@ class Gradient:
         kind, own, starts, offset = self.own
         launch(
             _exact_gradient, grid,
-            out=self.out if self.want_features else None,
-            line_sums=self.sums if self.want_bias else None, exact=self.exact, row_weights=rows.weights,
-            column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts, line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
+            out=self.out if self.want_features else None, line_sums=self.sums if self.want_bias else None, exact=self.exact,
+            row_weights=rows.weights, column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts,
+            line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
             power=self.unit.power.float(), line_own_stride=stride(own), line_own_offset=offset, LINE_OWN=kind,
             ALONG=along, EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(pairs.x.dtype),
             **pairs.arguments(0, pairs.x.shape[0]), **chosen,

@@ -1,8 +1,11 @@
-"""pair_logsumexp in Triton: pair_fwd_triton and pair_bwd_triton of vlpfast/ops/_schemas.py; csrc/contrastive/pair.cpp explains them.
+"""pair_logsumexp in Triton: pair_fwd_triton and pair_bwd_triton of vlpfast/ops/_schemas.py, after csrc/contrastive/pair.cpp.
 
-What differs from the C++ kernels: sums by tile are written and added afterwards, in a fixed order (no atomics: the same bits every
-time); the exponentials that are kept are whole rows, in bfloat16 for bfloat16 features; whether sums underflowed is known on the
-device alone, so that the exact form is always launched and its programs leave at once where it is not needed.
+What differs from the C++ kernels:
+- sums by tile are written and added afterwards in a fixed order: no atomics, the same bits every time;
+- the exponentials that are kept are whole rows, in bfloat16 for bfloat16 features, else in float32;
+- the scale's gradient takes no product: the forward sums E <x_i, y_j> too, in float32, where P in half precision would show;
+- whether sums underflowed is known on the device alone: the exact form is always launched, and leaves at once if not needed;
+- float32: products are sums of three tf32 products, and no term is made again in double.
 """
 
 from __future__ import annotations

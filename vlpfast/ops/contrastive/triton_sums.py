@@ -90,8 +90,8 @@ def _centred(
 ):  # fmt: skip
     """A tile of E = exp(S - shift): sums of rows and of columns, itself into the first KEPT rows of `kept_rows`.
 
-    PRODUCTS: the sums of E <x_i, y_j> as well; ROUNDED: those of E in bfloat16, by row. A wide tile is finished in two halves: whole, E and the products that it is made of
-    need more registers than there are.
+    PRODUCTS: the sums of E <x_i, y_j> as well; ROUNDED: those of E in bfloat16, by row. A wide tile is finished in two halves:
+    whole, E and the products that it is made of need more registers than there are.
     """
     if exact is not None:
         if tl.load(exact) != 0:
@@ -111,11 +111,12 @@ def _centred(
         columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _sum_tile(
             left, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
-            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset,
-            row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
+            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride,
+            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
+        columns += BLOCK_N // 2
         _sum_tile(
-            right, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns + BLOCK_N // 2,
+            right, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
             2 * block_column + 1, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride,
             own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
@@ -221,7 +222,8 @@ class Pairs:
             row_partial=row_partial, column_partial=column_partial, kept_rows=kept if kept.shape[0] else None, exact=exact,
             shift=shift, KEPT=kept.shape[0], kept_row=kept.stride(0), **self.arguments(begin, end),
             PRODUCTS=products, ROUNDED=self.x.dtype == torch.bfloat16,
-            EVEN=m % chosen["BLOCK_M"] == 0 and n % chosen["BLOCK_N"] == 0, EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
+            EVEN=m % chosen["BLOCK_M"] == 0 and n % chosen["BLOCK_N"] == 0,
+            EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
         )  # fmt: skip
         return row_partial, column_partial
 

@@ -114,8 +114,8 @@ def own_logits(
 ) -> tuple[Tensor, Tensor]:
     """The own pairs' logits and their <x_i, y_j>, by row [2, M] and by column [2, N], summed in float64.
 
-    0 for a column that is no row's own; the logit is NaN for a row whose own column is not in [0, N): indices on a GPU are not checked before. Of a column that several rows own,
-    the value is one of theirs.
+    0 for a column that is no row's own, the value of one of them where several own it; the logit is NaN for a row whose own
+    column is not in [0, N): indices on a GPU are not checked beforehand.
     """
     m, n = x.shape[0], y.shape[0]
     out, of_column = x.new_zeros(2, m, dtype=torch.float64), x.new_zeros(2, n, dtype=torch.float64)
