@@ -104,7 +104,7 @@ def _centred_gradient(
     if exact is not None:
         if tl.load(exact) != 0:
             return
-    slices = tl.cdiv(D, BLOCK_D) if PRODUCT else 1
+    slices = tl.maximum(tl.cdiv(D, BLOCK_D), 1) if PRODUCT else 1
     part = tl.program_id(0) % slices
     lines = tl.program_id(0) // slices * BLOCK_L + tl.arange(0, BLOCK_L)
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -165,10 +165,13 @@ def _exact_gradient(
     OWN: tl.constexpr, LINE_OWN: tl.constexpr, ALONG: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The same where every row and column has its own shift; each program makes the logits that it needs. ALONG: the axis summed."""
+    """The same where every row and column has its own shift: each program makes the logits that it needs.
+
+    ALONG: the axis that is summed.
+    """
     if tl.load(exact) == 0:
         return
-    slices = tl.cdiv(D, BLOCK_D)
+    slices = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
     part = tl.program_id(0) % slices
     block = tl.program_id(0) // slices
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -196,7 +199,7 @@ def _exact_gradient(
         if bias is not None:
             s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
         kept = kept_pairs(
-            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, False
         )
         s = tl.where(kept, s, float("-inf"))
         a = tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
@@ -326,9 +329,9 @@ class Gradient:
         kind, own, starts, offset = self.own
         launch(
             _exact_gradient, grid,
-            out=self.out if self.want_features else None,
-            line_sums=self.sums if self.want_bias else None, exact=self.exact, row_weights=rows.weights,
-            column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts, line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
+            out=self.out if self.want_features else None, line_sums=self.sums if self.want_bias else None, exact=self.exact,
+            row_weights=rows.weights, column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts,
+            line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
             power=self.unit.power.float(), line_own_stride=stride(own), line_own_offset=offset, LINE_OWN=kind,
             ALONG=along, EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(pairs.x.dtype),
             **pairs.arguments(0, pairs.x.shape[0]), **chosen,
