@@ -49,9 +49,7 @@ def _softplus(
     block_row, block_column = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     rows = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = products(
-        x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
-    )
+    total = products(x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
     s = total * tl.load(scale)
     if bias is not None:
         s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
@@ -133,7 +131,9 @@ def forward(
 
     dtype, (_, width) = stash_dtype("triton", x.dtype), stash_shape(m, n, 0)
     product = (need_x or need_y) and x.shape[1] > 0
-    bytes_of_a_row = max(width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0)
+    bytes_of_a_row = max(
+        width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0
+    )
     pieces = list(chunks(0, m, bytes_of_a_row, WORKSPACE_BYTES)) or [(0, 0)]
     workspace = x.new_empty(pieces[0][1], width, dtype=dtype) if product else None
     for i, (begin, end) in enumerate(pieces):
