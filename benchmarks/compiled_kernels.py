@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from vlpfast.ops import _triton
 from vlpfast.ops._triton import Launch
-from vlpfast.ops.contrastive import triton_pair, triton_softplus
+from vlpfast.ops.contrastive import triton_pair, triton_sample, triton_softplus
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -54,11 +54,20 @@ def pair_softplus(dtype: torch.dtype) -> None:
     triton_softplus.forward(x, y, scale, bias, None, 0, None, None, 1.0, True, True, True, True)
 
 
+def sample_hard_negatives(dtype: torch.dtype, uniform: float) -> None:
+    """One for each row."""
+    x, y = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    triton_sample.sample(x, y, torch.empty((), device="meta"), None, 0, None, None, 1, uniform, seed)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
     "pair_logsumexp, recompute": lambda dtype: pair_logsumexp(dtype, 0),
     "pair_softplus": pair_softplus,
+    "sample_hard_negatives": lambda dtype: sample_hard_negatives(dtype, 0.0),
+    "sample_hard_negatives, uniform part": lambda dtype: sample_hard_negatives(dtype, 1e-4),
 }
 
 

@@ -11,6 +11,7 @@ import torch
 KERNELS = {
     "pair_fwd_triton": ("contrastive.triton_pair", "forward"),
     "pair_bwd_triton": ("contrastive.triton_pair", "backward"),
+    "sample_hard_negatives_triton": ("contrastive.triton_sample", "sample"),
     "pair_softplus_triton": ("contrastive.triton_softplus", "forward"),
 }
 

@@ -118,15 +118,16 @@ def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, n
 
 
 # Arguments as pair_fwd's; seed is 0-d int64. The columns drawn for each row, [M, count] int64, -1 where there are too few.
-torch.library.define(
-    "vlpfast::sample_hard_negatives",
+_SAMPLE_HARD_NEGATIVES = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
-    "SymInt count, float uniform, Tensor seed) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    "SymInt count, float uniform, Tensor seed) -> Tensor"
 )
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::sample_hard_negatives{_suffix}", _SAMPLE_HARD_NEGATIVES, tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.register_fake("vlpfast::sample_hard_negatives")
+@torch.library.register_fake("vlpfast::sample_hard_negatives_triton")
 def _(x: Tensor, y: Tensor, scale, own, own_offset, row_ids, column_ids, count, uniform, seed):
     return x.new_empty((x.shape[0], count), dtype=torch.int64)
 

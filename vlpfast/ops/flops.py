@@ -55,7 +55,7 @@ def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     return _product(x_shape, y_shape) * (1 + (need_x or (need_scale and not need_y)) + need_y)
 
 
-@register_flop_formula(torch.ops.vlpfast.sample_hard_negatives)
+@register_flop_formula([torch.ops.vlpfast.sample_hard_negatives, torch.ops.vlpfast.sample_hard_negatives_triton])
 def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     return _product(x_shape, y_shape)
 
