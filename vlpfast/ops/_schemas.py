@@ -136,24 +136,24 @@ def _(x: Tensor, y: Tensor, scale, own, own_offset, row_ids, column_ids, count, 
 # `stats` [4, M]: sum of exp(S - shift) and shift, then T's, where S and T are relative to the own logit, rounded, of the row.
 # `slopes` [2, M, D] ([0, M, D] unless wanted): what y's rows average to under softmax(S) and softmax(T), minus the own row.
 # `stash`: the products, the first min(keep, 2 * M * N) in the kernel's own order; the backward makes the others again.
-torch.library.define(
-    "vlpfast::pair_distill_fwd",
+_PAIR_DISTILL_FWD = (
     "(Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, Tensor? bias_t, Tensor? own, SymInt? own_offset, "
     "Tensor? row_ids, Tensor? column_ids, bool want_slopes, SymInt keep) "
-    "-> (Tensor student, Tensor teacher, Tensor cross, Tensor stats, Tensor slopes, Tensor stash)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "-> (Tensor student, Tensor teacher, Tensor cross, Tensor stats, Tensor slopes, Tensor stash)"
 )
 # What is not needed comes back empty. dscale has shape [1].
-torch.library.define(
-    "vlpfast::pair_distill_bwd",
+_PAIR_DISTILL_BWD = (
     "(Tensor grad_student, Tensor grad_cross, Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, "
     "Tensor? bias_t, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, Tensor stats, Tensor stash, "
-    "bool need_x, bool need_y, bool need_scale) -> (Tensor dx, Tensor dy, Tensor dscale)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "bool need_x, bool need_y, bool need_scale) -> (Tensor dx, Tensor dy, Tensor dscale)"
 )
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::pair_distill_fwd{_suffix}", _PAIR_DISTILL_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::pair_distill_bwd{_suffix}", _PAIR_DISTILL_BWD, tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.register_fake("vlpfast::pair_distill_fwd")
+@torch.library.register_fake("vlpfast::pair_distill_fwd_triton")
 def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep):
     (m, d), n = x.shape, y.shape[0]
     new = {"dtype": accumulate_dtype(x.dtype)}
@@ -168,6 +168,7 @@ def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, r
 
 
 @torch.library.register_fake("vlpfast::pair_distill_bwd")
+@torch.library.register_fake("vlpfast::pair_distill_bwd_triton")
 def _(grad_student, grad_cross, x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
       stats, stash, need_x, need_y, need_scale):  # fmt: skip
     return (

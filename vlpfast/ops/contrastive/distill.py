@@ -29,7 +29,8 @@ from vlpfast.ops.contrastive._parts import common_dtype, logaddexp, mean, row_do
 from vlpfast.ops.contrastive.losses import Directions
 from vlpfast.ops.contrastive.pair import STASH_BYTES
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
+TRITON_WIDTH = 256  # of features up to which Triton makes the gradient of x in the forward
 
 
 class Distilled(NamedTuple):
@@ -114,7 +115,8 @@ def pair_distill(
 
 
 def _pair_distill(x, y, x_t, y_t, scale, scale_t, own, leave_out, bias_t, stash_bytes) -> Distilled:
-    if backends.choose("pair_distill", KERNELS, x.device) == "reference":
+    backend = backends.choose("pair_distill", KERNELS, x.device, x.dtype)
+    if backend == "reference":
         y_t = y if y_t is None else y_t
         return Distilled(*reference.pair_distill(x, y, x_t, y_t, scale, scale_t, own=own, leave_out=leave_out, bias_t=bias_t))
     own_index, own_offset = (own, None) if isinstance(own, Tensor) else (None, own)
@@ -124,9 +126,11 @@ def _pair_distill(x, y, x_t, y_t, scale, scale_t, own, leave_out, bias_t, stash_
     column_ids = column_ids.view_as(column_ids) if column_ids is not None and column_ids is row_ids else column_ids
     x_t, y_t, scale_t, bias_t = (None if t is None else t.detach() for t in (x_t, y_t, scale_t, bias_t))
     needed = [torch.is_grad_enabled() and t.requires_grad for t in (x, y, scale)]
-    keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if needed[1] else 0
+    triton = backend == "triton"
+    in_one_pass = any(needed) and not needed[1] and not (triton and max(x.shape[1], x_t.shape[1]) > TRITON_WIDTH)
+    keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if needed[1] and not triton else 0
     student, teacher, cross, *_ = PairDistill.apply(
-        x, y, x_t, y_t, scale, scale_t, bias_t, own_index, own_offset, row_ids, column_ids, any(needed) and not needed[1], keep
+        backend, x, y, x_t, y_t, scale, scale_t, bias_t, own_index, own_offset, row_ids, column_ids, in_one_pass, keep
     )
     return Distilled(student, teacher, cross)
 
@@ -231,17 +235,18 @@ def _merged(own: Distilled, more: Distilled, own_logits: Tensor, own_logits_t: T
 
 
 class PairDistill(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.pair_distill_fwd (vlpfast/ops/_schemas.py); student and cross have gradients."""
+    """Arguments and results of torch.ops.vlpfast.pair_distill_fwd of one backend; student and cross have gradients."""
 
     @staticmethod
-    def forward(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep):
-        return torch.ops.vlpfast.pair_distill_fwd(
+    def forward(backend, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep):
+        operator = torch.ops.vlpfast.pair_distill_fwd_triton if backend == "triton" else torch.ops.vlpfast.pair_distill_fwd
+        return operator(
             x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.own_offset, row_ids, column_ids, ctx.want_slopes, _ = inputs
+        ctx.backend, *tensors, ctx.own_offset, row_ids, column_ids, ctx.want_slopes, _ = inputs
         student, teacher, cross, *saved = output  # stats, slopes, stash
         ctx.save_for_backward(*tensors, row_ids, column_ids, *saved)
         ctx.mark_non_differentiable(teacher, *saved)
@@ -252,16 +257,17 @@ class PairDistill(torch.autograd.Function):
         x, y, x_t, y_t, scale, scale_t, bias_t, own, row_ids, column_ids, stats, slopes, stash = ctx.saved_tensors
         grad_student = stats.new_zeros(x.shape[0]) if grad_student is None else grad_student
         grad_cross = stats.new_zeros(x.shape[0]) if grad_cross is None else grad_cross
-        needed = need_x, need_y, need_scale = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+        needed = need_x, need_y, need_scale = [ctx.needs_input_grad[i] for i in (1, 2, 5)]
         if ctx.want_slopes:
             dx, dscale = _Slopes.apply(grad_student, grad_cross, x, y, scale, slopes)
             dy = None
         else:
             dx, dy, dscale = _Gradient.apply(
-                grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, ctx.own_offset, row_ids, column_ids,
-                stats, stash, *needed,
+                ctx.backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, ctx.own_offset, row_ids,
+                column_ids, stats, stash, *needed,
             )  # fmt: skip
         return (
+            None,
             dx if need_x else None,
             dy if need_y else None,
             *(None, None),
@@ -299,9 +305,10 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
+    def forward(backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
                 stats, stash, need_x, need_y, need_scale):  # fmt: skip
-        return torch.ops.vlpfast.pair_distill_bwd(
+        operator = torch.ops.vlpfast.pair_distill_bwd_triton if backend == "triton" else torch.ops.vlpfast.pair_distill_bwd
+        return operator(
             grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
             stats, stash, need_x, need_y, need_scale,
         )  # fmt: skip

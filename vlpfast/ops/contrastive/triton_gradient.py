@@ -24,7 +24,7 @@ WEIGHT_SCALE = 2.0**40  # how far weights are lifted, so that small ones stay no
 
 
 @triton.jit
-def _times(p, features, total):
+def times(p, features, total):
     """total + p @ features with p in a dtype that the features' product takes."""
     if features.dtype == tl.bfloat16:
         if p.dtype != tl.bfloat16:
@@ -144,7 +144,7 @@ def _centred_gradient(
                 f = tl.load(feature_at)
             else:
                 f = tl.load(feature_at, mask=(k < OTHERS - start)[:, None] & (d < D)[None, :], other=0.0)
-            total = _times(p, f, total)
+            total = times(p, f, total)
         kept_at += BLOCK_K * kept_other
         feature_at += BLOCK_K * feature_row
     if LAST:
@@ -209,11 +209,11 @@ def _exact_gradient(
         if ALONG == 1:
             at = y + others.to(tl.int64)[:, None] * y_row + d.to(tl.int64)[None, :] * y_column
             f = tl.load(at, mask=(others < N)[:, None] & (d < D)[None, :], other=0.0)
-            total = _times(p, f, total)
+            total = times(p, f, total)
         else:
             at = x + others.to(tl.int64)[:, None] * x_row + d.to(tl.int64)[None, :] * x_column
             f = tl.load(at, mask=(others < M)[:, None] & (d < D)[None, :], other=0.0)
-            total = _times(tl.trans(p), f, total)
+            total = times(tl.trans(p), f, total)
     if ALONG == 1:
         _finish(total, sums, out, line_sums, scale, power, part, lines, d, M, D)
     else:
