@@ -98,7 +98,7 @@ template <class T> class Matrix {
 
     // Rows [begin, begin + rows): the tensor's own memory where a product can read it, else a copy in `scratch`.
     View<const T> rows(int64_t begin, int64_t rows, Buffer<T>& scratch) const {
-        if (dtype_ == kScalarType<T> && column_ == 1)
+        if (in_place())
             return {static_cast<const T*>(data_) + begin * row_, row_, 1};
         T* copy = scratch.get(rows * width);
         parallel_for(0, rows, 64, [&](int64_t from, int64_t to) {
@@ -110,13 +110,22 @@ template <class T> class Matrix {
 
     // Row i, dense, with consecutive elements.
     const T* row(int64_t i, T* scratch) const {
-        if (dtype_ == kScalarType<T> && column_ == 1)
+        if (in_place())
             return static_cast<const T*>(data_) + i * row_;
         read_row(i, scratch);
         return scratch;
     }
 
+    // Asks for row i to be brought into the second-level cache, where it lies in one piece.
+    void prefetch(int64_t i) const {
+        const char* const row = static_cast<const char*>(data_) + i * row_ * static_cast<int64_t>(sizeof(T));
+        for (int64_t at = 0; at < (in_place() ? width : 0) * static_cast<int64_t>(sizeof(T)); at += 64)
+            __builtin_prefetch(row + at, 0, 2);
+    }
+
   private:
+    bool in_place() const { return dtype_ == kScalarType<T> && column_ == 1; }
+
     void read_row(int64_t i, T* out) const {
         with_floating_pointer(data_, dtype_, [&](auto* data) {
             for (int64_t d = 0; d < width; ++d)

@@ -3,198 +3,82 @@
 //
 // Student's and teacher's products exist one tile at a time: a strip of rows of the student above the same rows of the
 // teacher, by a few hundred columns. Where both have the same y, that is one product [x; x_t] y^T, which reads y once.
-// Every sum runs along rows, so that each row has its running maximum as shift (exact for all logits: there is no second
-// form, and no pass over y for a bound on the logits). Rows may be few and columns many (a queue): the parallel parts
-// are ranges of columns, each with sums of its own.
+// Every sum runs along rows, so that each row has its running maximum as shift (exact for all logits: there is no
+// second form, and no pass over y for a bound on the logits). Rows may be few and columns many (a queue): the parallel
+// parts are ranges of columns, each with sums of its own.
 //
 // Plans, in products of M N D multiplications each (student's and teacher's are two), forward + backward:
-// - only x (or scale) needs a gradient: 4 + 0. While a tile of y is in cache its exponentials are multiplied with it,
-//   E_s y and E_t y; nothing of size M N is kept, y is read from memory once. Keeping the products instead takes 2 + 1,
-//   but reads y again and writes and reads 2 M N numbers: 4 D (N + 4 M N / D) bytes more for 2 M N D operations less,
-//   which is even at 64 rows of 256 features with 16 operations in the time of a byte, and a small gain for many rows.
+// - only x needs a gradient: 4 + 0. While a tile of y is in cache its exponentials are multiplied with it, E_s y and
+//   E_t y; nothing of size M N is kept, y is read from memory once. Keeping the products instead takes 2 + 1, but reads
+//   y again and writes and reads 2 M N numbers: 4 N (D + 4 M) bytes more for 2 M N D operations less. That is even at
+//   64 rows of 256 features if 16 operations take the time of a byte, and a small gain for many rows.
 // - y needs one as well: the products are kept (stash), tile by tile as far as there is room: 2 + 2, or 2 + 4 where
 //   there is none.
+// The gradient of scale is the mean of the differences under either softmax: it takes no product, and keeps the digits
+// that <x, dLoss/dS y> loses where all logits are alike.
 //
 // Pairs that stay out (own pairs among them) are zeros in the tile; the own pairs' logits and gradients are made beside
-// it. The logits are differences from the own one (`origin`), taken before they are scaled: a product near the own one
-// keeps its digits whatever the scale.
+// it. The logits come from differences to the own product (`origin`), taken before they are scaled: a product near the
+// own one keeps its digits whatever the scale.
 //
 // The partition into parts and tiles depends on the shape alone, and partial sums are added in a fixed order: the
 // number of threads changes no bit of any result.
 
-#include "common/panels.h"
-#include "contrastive/distill_rows.h"
-#include "contrastive/problem.h"
+#include "contrastive/distill.h"
 
-#include <cstring>
 #include <tuple>
 
 namespace vlpfast::contrastive {
 namespace {
 
-// Rows that share the parts' sums, rows of a strip (as many again are the teacher's), parts of the columns, columns of
-// a tile. A tile and its rows of y stay in the second-level cache.
-constexpr int64_t kBlock = 512, kStrip = 128, kParts = 16, kTile = 512;
-
-Parts column_parts(int64_t N) {
-    return Parts(N, std::max<int64_t>(64, (N + kParts - 1) / kParts));
-}
-
-// Sums over one row, of what it has seen so far; shift: its largest logit.
+// Sums over what has been seen of one row: of exp(logit - shift), and of that times the student's difference; shift:
+// the largest logit.
 template <class T> struct Row {
-    double sum = 0;
+    double sum = 0, mean = 0;
     T shift = -std::numeric_limits<T>::infinity();
 
     T usable_shift() const { return shift == -std::numeric_limits<T>::infinity() ? T(0) : shift; }
-    // The factor that brings sums from the old shift to that of `most`, if it is larger.
+    // The shift rises to `most` if that is larger; returns the factor that brings sums to the new one.
     double raise(T most) {
         if (!(most > shift))
             return 1;
         const double factor = std::exp(static_cast<double>(shift) - most);
         sum *= factor;
+        mean *= factor;
         shift = most;
         return factor;
     }
-};
-
-// One model's logits, as differences from scale * origin.
-template <class T> struct Side {
-    const Problem<T> p;
-    std::vector<double> own; // [M] products of the own pairs, 0 without
-    std::vector<T> origin;   // [M] the same, rounded
-
-    template <class... Arguments> explicit Side(const Arguments&... arguments) : p(arguments..., true, false), own(p.M(), 0.0) {
-        parallel_for(0, static_cast<int64_t>(p.own_column.size()), 64, [&](int64_t from, int64_t to) {
-            std::vector<T> x_copy(p.D()), y_copy(p.D());
-            for (int64_t i = from; i < to; ++i)
-                own[i] = dot(p.x.row(i, x_copy.data()), p.y.row(p.own_column[i], y_copy.data()), p.D());
-        });
-        origin.assign(own.begin(), own.end());
-    }
-
-    // What is to be added to a difference to have it relative to the own logit (to 0 without one).
-    double correction(int64_t i) const {
-        return p.own_column.empty() ? 0 : p.scale * (origin[i] - own[i]) - p.bias[p.own_column[i]];
-    }
-    void differences(T* out, const T* products, int64_t n, int64_t i, int64_t begin) const {
-        contrastive::differences(out, products, n, p.scale, origin[i], p.bias.data() + begin);
-    }
-    // See Problem::refine; `sum`: of the row.
-    template <class F>
-    void refine(T* e, int64_t n, int64_t i, int64_t begin, T shift, double sum, const F& changed) const {
-        static const std::vector<T> no_limits(kTile, std::numeric_limits<T>::infinity());
-        p.refine(e, n, i, begin, static_cast<double>(shift) + static_cast<double>(p.scale) * origin[i],
-                 static_cast<T>(kRefinedShare * sum), no_limits.data(), changed);
+    // An exponential e and the difference beside it become more exact.
+    void change(double e, double by, double difference, double exact) {
+        sum += by;
+        mean += (e + by) * exact - e * difference;
     }
 };
 
-template <class T> struct Distillation {
-    const Side<T> student, teacher;
-    const bool shared; // the two have one y
-
-    Distillation(const Tensor& x, const Tensor& y, const Tensor& x_t, const std::optional<Tensor>& y_t,
-                 const Tensor& scale, const Tensor& scale_t, const std::optional<Tensor>& bias_t,
-                 const std::optional<Tensor>& own, std::optional<int64_t> own_offset,
-                 const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids)
-        : student(x, y, scale, std::optional<Tensor>(), own, own_offset, row_ids, column_ids),
-          teacher(x_t, y_t ? *y_t : y, scale_t, bias_t, own, own_offset, row_ids, column_ids), shared(!y_t) {
-        STD_TORCH_CHECK(M() == teacher.p.M() && N() == teacher.p.N(), "expected the teacher's x_t and y_t to have ", M(),
-                        " and ", N(), " rows, got ", teacher.p.M(), " and ", teacher.p.N());
-    }
-    int64_t M() const { return student.p.M(); }
-    int64_t N() const { return student.p.N(); }
-    int64_t D() const { return student.p.D(); }
-};
-
-// The features of a block of rows: those of a strip are the student's above the teacher's where y is shared.
-template <class T> class Rows {
-  public:
-    Rows(const Distillation<T>& d, int64_t i0, int64_t m) : shared_(d.shared), D_(d.D()), strips(m, kStrip) {
-        if (!shared_) {
-            x_ = d.student.p.x.rows(i0, m, x_copy_);
-            x_t_ = d.teacher.p.x.rows(i0, m, x_t_copy_);
-            return;
-        }
-        T* const both = x_copy_.get(2 * m * D_);
-        x_ = {both, D_, 1};
-        const auto put = [&](const Matrix<T>& x, int64_t i, T* out) {
-            if (const T* row = x.row(i, out); row != out && D_ > 0)
-                std::memcpy(out, row, D_ * sizeof(T));
-        };
-        for (int64_t s = 0; s < strips.count; ++s) {
-            const int64_t begin = strips.begin(s), length = strips.length(s);
-            for (int64_t r = 0; r < length; ++r) {
-                put(d.student.p.x, i0 + begin + r, both + (2 * begin + r) * D_);
-                put(d.teacher.p.x, i0 + begin + r, both + (2 * begin + length + r) * D_);
-            }
-        }
-    }
-    View<const T> student(int64_t begin) const { return x_.from(shared_ ? 2 * begin : begin); }
-    View<const T> teacher(int64_t begin) const { return x_t_.from(begin); } // where y is not shared
-
-  private:
-    const bool shared_;
-    const int64_t D_;
-    Buffer<T> x_copy_, x_t_copy_;
-    View<const T> x_{nullptr, 0, 0}, x_t_{nullptr, 0, 0};
-
-  public:
-    const Parts strips;
-};
-
-// The columns of a tile, on one thread.
-template <class T> class Columns {
-  public:
-    explicit Columns(const Distillation<T>& d) : d_(d) {}
-
-    void set(int64_t begin, int64_t n, bool transposed, bool rows) {
-        const View<const T> y = d_.student.p.y.rows(begin, n, y_copy_);
-        if (rows)
-            rows_.set(y, n, d_.D());
-        if (!transposed)
-            return;
-        student_.set(y.transposed(), d_.D(), n);
-        if (!d_.shared)
-            teacher_.set(d_.teacher.p.y.rows(begin, n, y_t_copy_).transposed(), d_.teacher.p.D(), n);
-    }
-    // tile [2 m, n]: the products of the strip of m rows at `begin` of x
-    void products(View<T> tile, const Rows<T>& x, int64_t begin, int64_t m) const {
-        student_.product(tile, x.student(begin), d_.shared ? 2 * m : m, false);
-        if (!d_.shared)
-            teacher_.product(tile.from(m), x.teacher(begin), m, false);
-    }
-    // out [m, D] += weights [m, n] y
-    void times_y(T* out, View<const T> weights, int64_t m) const { rows_.product({out, d_.D(), 1}, weights, m, true); }
-
-  private:
-    const Distillation<T>& d_;
-    Buffer<T> y_copy_, y_t_copy_;
-    Panels<T> rows_, student_, teacher_;
-};
-
-// One part's sums for a block of rows; the vectors are as long as the block.
-template <class T> struct Sums2 {
+// One part's sums for a block of m rows.
+template <class T> struct PartialSums {
     std::vector<Row<T>> student, teacher;
-    std::vector<double> cross; // of exp(teacher's logit - shift) times the student's difference
-    T* weighted = nullptr;     // [2 m, D] E_s y and E_t y in the order of Rows; null: not wanted
+    T* weighted = nullptr; // [2 m, D] E_s y and E_t y in the order of Rows; null: not wanted
 };
 
 template <class T>
 void sum_part(const Distillation<T>& d, const Rows<T>& rows, int64_t i0, int64_t from, int64_t count,
-              const Stash<T>& stash, int64_t& kept_end, Sums2<T>& sums) {
+              const Stash<T>& stash, int64_t& kept_end, PartialSums<T>& sums) {
     const int64_t D = d.D(), N = d.N();
     Columns<T> columns(d);
     Buffer<T> scratch, row_buffer;
-    T* const buffer = row_buffer.get(2 * kTile);
+    T* const differences = row_buffer.get(3 * kTile);
     std::vector<T> x_copy(D), y_copy(D);
     const Parts tiles(count, kTile);
     for (int64_t J = 0; J < tiles.count; ++J) {
         const int64_t j0 = from + tiles.begin(J), n = tiles.length(J);
+        const int64_t next = j0 + n, next_count = J + 1 < tiles.count ? tiles.length(J + 1) : 0;
         columns.set(j0, n, true, sums.weighted);
         for (int64_t strip = 0; strip < rows.strips.count; ++strip) {
             const int64_t begin = rows.strips.begin(strip), m = rows.strips.length(strip);
             T* const kept = stash.tile(2 * (i0 + begin), 2 * m, j0, n, N);
-            const View<T> tile = kept ? View<T>{kept, n, 1} : View<T>{scratch.get(2 * kStrip * (kTile + kPad)), n + kPad, 1};
+            const View<T> tile =
+                kept ? View<T>{kept, n, 1} : View<T>{scratch.get(2 * kStrip * (kTile + kPad)), n + kPad, 1};
             if (kept)
                 kept_end = std::max<int64_t>(kept_end, kept + 2 * m * n - stash.data);
             columns.products(tile, rows, begin, m);
@@ -202,32 +86,31 @@ void sum_part(const Distillation<T>& d, const Rows<T>& rows, int64_t i0, int64_t
             for (int64_t r = 0; r < m; ++r) {
                 const int64_t i = i0 + begin + r;
                 const T *products = tile.data + r * tile.row, *products_t = tile.data + (m + r) * tile.row;
-                T* const s = kept ? buffer : tile.data + r * tile.row;
-                T* const t = kept ? buffer + kTile : tile.data + (m + r) * tile.row;
+                T* const s = kept ? differences + kTile : tile.data + r * tile.row;
+                T* const t = kept ? differences + 2 * kTile : tile.data + (m + r) * tile.row;
                 Row<T>&student = sums.student[begin + r], &teacher = sums.teacher[begin + r];
-                double& cross = sums.cross[begin + r];
 
-                d.teacher.differences(t, products_t, n, i, j0);
-                d.teacher.p.leave_out(t, n, i, j0, -std::numeric_limits<T>::infinity());
-                const double factor_t = teacher.raise(largest(t, n));
-                cross *= factor_t;
-                teacher.sum += exponentiate(t, n, teacher.usable_shift());
-                d.student.differences(s, products, n, i, j0);
-                d.student.p.leave_out(s, n, i, j0, T(0));
-                cross += weighted_sum(t, s, n);
-                d.teacher.refine(t, n, i, j0, teacher.usable_shift(), teacher.sum, [&](int64_t j, double difference) {
-                    teacher.sum += difference;
-                    const double product = dot(d.student.p.x.row(i, x_copy.data()),
-                                               d.student.p.y.row(j0 + j, y_copy.data()), D);
-                    const double exact = d.student.p.scale * (product - d.student.origin[i]);
-                    cross += (t[j] + difference) * exact - static_cast<double>(t[j]) * s[j];
-                });
-
-                d.student.p.leave_out(s, n, i, j0, -std::numeric_limits<T>::infinity());
-                const double factor = student.raise(largest(s, n));
-                student.sum += exponentiate(s, n, student.usable_shift());
-                d.student.refine(s, n, i, j0, student.usable_shift(), student.sum,
-                                 [&](int64_t, double difference) { student.sum += difference; });
+                if (strip == 0)
+                    columns.prefetch(next + r * next_count / m, next + (r + 1) * next_count / m);
+                d.student.differences(differences, products, n, i, j0);
+                d.teacher.logits(t, products_t, n, i, j0);
+                const T most_t = largest(t, n);
+                const double factor_t = teacher.raise(most_t);
+                exponentiate(t, differences, n, teacher.usable_shift(), teacher.sum, teacher.mean);
+                d.teacher.refine(
+                    t, n, i, j0, teacher.usable_shift(), most_t, teacher.sum, [&](int64_t j, double by, double) {
+                        const double product =
+                            dot(d.student.p.x.row(i, x_copy.data()), d.student.p.y.row(j0 + j, y_copy.data()), D);
+                        teacher.change(t[j], by, differences[j], product - d.student.origin[i]);
+                    });
+                d.student.logits(s, products, n, i, j0);
+                const T most = largest(s, n);
+                const double factor = student.raise(most);
+                exponentiate(s, differences, n, student.usable_shift(), student.sum, student.mean);
+                d.student.refine(s, n, i, j0, student.usable_shift(), most, student.sum,
+                                 [&](int64_t j, double by, double product) {
+                                     student.change(s[j], by, differences[j], product - d.student.origin[i]);
+                                 });
                 if (weighted && factor != 1)
                     scale_row(weighted + r * D, D, factor, weighted + r * D);
                 if (weighted && factor_t != 1)
@@ -239,17 +122,17 @@ void sum_part(const Distillation<T>& d, const Rows<T>& rows, int64_t i0, int64_t
     }
 }
 
-// Brings the parts' rows to their largest shift: factors [parts] and their sum.
+// The parts' sums of one row as one, and the factors [parts] that bring theirs to its shift.
 template <class T, class F> Row<T> merge(int64_t count, std::vector<double>& factor, const F& row_of) {
     Row<T> all;
     for (int64_t k = 0; k < count; ++k)
         all.raise(row_of(k).shift);
-    const T shift = all.usable_shift();
+    all.shift = all.usable_shift();
     for (int64_t k = 0; k < count; ++k) {
-        factor[k] = std::exp(static_cast<double>(row_of(k).shift) - shift);
+        factor[k] = std::exp(static_cast<double>(row_of(k).shift) - all.shift);
         all.sum += factor[k] * row_of(k).sum;
+        all.mean += factor[k] * row_of(k).mean;
     }
-    all.shift = shift;
     return all;
 }
 
@@ -260,7 +143,7 @@ template <class T> Forward forward(const Distillation<T>& d, bool want_slopes, i
     const int64_t M = d.M(), N = d.N(), D = d.D();
     STD_TORCH_CHECK(!want_slopes || keep == 0, "pair_distill_fwd: either slopes or a stash");
     const Tensor student = empty({M}, kScalarType<T>), teacher = empty({M}, kScalarType<T>),
-                 cross = empty({M}, kScalarType<T>), stats = empty({4, M}, kScalarType<T>),
+                 cross = empty({M}, kScalarType<T>), stats = empty({6, M}, kScalarType<T>),
                  slopes = empty({want_slopes ? 2 : 0, M, D}, kScalarType<T>),
                  stash = empty({std::min(keep, 2 * M * N)}, kScalarType<T>);
     T *const student_out = student.mutable_data_ptr<T>(), *const teacher_out = teacher.mutable_data_ptr<T>(),
@@ -273,18 +156,17 @@ template <class T> Forward forward(const Distillation<T>& d, bool want_slopes, i
     for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t i0 = blocks.begin(block), m = blocks.length(block);
         const Rows<T> rows(d, i0, m);
-        std::vector<Sums2<T>> sums(parts.count);
+        std::vector<PartialSums<T>> sums(parts.count);
         T* const weighted = want_slopes ? weighted_buffer.get(parts.count * 2 * m * D) : nullptr;
         parts.each([&](int64_t part, int64_t from, int64_t count) {
-            Sums2<T>& own = sums[part];
-            own.student.resize(m);
-            own.teacher.resize(m);
-            own.cross.resize(m);
+            PartialSums<T>& mine = sums[part];
+            mine.student.resize(m);
+            mine.teacher.resize(m);
             if (weighted) {
-                own.weighted = weighted + part * 2 * m * D;
-                std::fill_n(own.weighted, 2 * m * D, T(0));
+                mine.weighted = weighted + part * 2 * m * D;
+                std::fill_n(mine.weighted, 2 * m * D, T(0));
             }
-            sum_part(d, rows, i0, from, count, kept, kept_end[part], own);
+            sum_part(d, rows, i0, from, count, kept, kept_end[part], mine);
         });
         parallel_for(0, m, 16, [&](int64_t first, int64_t last) {
             std::vector<double> factor(parts.count), factor_t(parts.count);
@@ -293,21 +175,21 @@ template <class T> Forward forward(const Distillation<T>& d, bool want_slopes, i
                 const int64_t i = i0 + r;
                 const Row<T> s = merge<T>(parts.count, factor, [&](int64_t k) { return sums[k].student[r]; });
                 const Row<T> t = merge<T>(parts.count, factor_t, [&](int64_t k) { return sums[k].teacher[r]; });
-                double total = 0;
-                for (int64_t k = 0; k < parts.count; ++k)
-                    total += factor_t[k] * sums[k].cross[r];
+                const double origin = d.student.origin[i] - d.student.own[i]; // differences were to the rounded one
+                const double mean = s.sum == 0 ? -d.student.own[i] : s.mean / s.sum + origin;
+                const double mean_t = t.sum == 0 ? 0 : t.mean / t.sum + origin;
                 student_out[i] = static_cast<T>(std::log(s.sum) + s.shift + d.student.correction(i));
                 teacher_out[i] = static_cast<T>(std::log(t.sum) + t.shift + d.teacher.correction(i));
-                cross_out[i] = t.sum == 0 ? T(0) : static_cast<T>(total / t.sum + d.student.correction(i));
-                const double numbers[] = {s.sum, s.shift, t.sum, t.shift};
-                for (int64_t k = 0; k < 4; ++k)
+                cross_out[i] = static_cast<T>(d.student.p.scale * mean_t);
+                const double numbers[] = {s.sum, s.shift, t.sum, t.shift, mean, mean_t};
+                for (int64_t k = 0; k < 6; ++k)
                     stats_out[k * M + i] = static_cast<T>(numbers[k]);
                 if (!want_slopes)
                     continue;
                 const int64_t strip = r / rows.strips.size, begin = rows.strips.begin(strip);
                 const int64_t at[] = {begin + r, begin + r + rows.strips.length(strip)}; // in the order of Rows
-                const T* const y_own =
-                    d.student.p.own_column.empty() ? nullptr : d.student.p.y.row(d.student.p.own_column[i], y_copy.data());
+                const std::vector<int64_t>& own = d.student.p.own_column;
+                const T* const y_own = own.empty() ? nullptr : d.student.p.y.row(own[i], y_copy.data());
                 for (int64_t side = 0; side < 2; ++side) {
                     const double sum = side == 0 ? s.sum : t.sum;
                     T* const out = slopes_out + (side * M + i) * D;
@@ -327,20 +209,19 @@ template <class T> Forward forward(const Distillation<T>& d, bool want_slopes, i
     return {student, teacher, cross, stats, slopes, stash};
 }
 
-// dx, dy, dscale: empty where not needed
-using Backward = std::tuple<Tensor, Tensor, Tensor>;
+// dx, dy: empty where not needed
+using Backward = std::tuple<Tensor, Tensor>;
 
 template <class T>
 Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Tensor& grad_cross, const Tensor& stats,
-                  const Tensor& stash, ScalarType x_dtype, ScalarType y_dtype, bool need_x, bool need_y,
-                  bool need_scale) {
+                  const Tensor& stash, ScalarType x_dtype, ScalarType y_dtype, bool need_x, bool need_y) {
     const int64_t M = d.M(), N = d.N(), D = d.D();
     const Problem<T>& p = d.student.p;
     const std::vector<T> g = read_vector<T>(grad_student, M), h = read_vector<T>(grad_cross, M);
     const T *const sum = stats.const_data_ptr<T>(), *const shift = sum + M, *const sum_t = sum + 2 * M,
                    *const shift_t = sum + 3 * M;
     const Stash<const T> kept_products{stash.const_data_ptr<T>(), stash.numel()};
-    // P = a E_s + b E_t is unit times smaller than dLoss / dS, as is dLoss / dS of the own pairs
+    // P = a E_s + b E_t is unit times smaller than dLoss / dS, and so is dLoss / dS of the own pairs
     const double unit = weight_unit(g, h);
     std::vector<T> a(M), b(M), own(p.own_column.size());
     for (int64_t i = 0; i < M; ++i) {
@@ -351,9 +232,7 @@ Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Te
     }
 
     const Tensor dx = empty({need_x ? M : 0, D}, x_dtype), dy = empty({need_y ? N : 0, D}, y_dtype);
-    const bool scale_by_y = need_scale && !need_x && need_y, make_gx = need_x || (need_scale && !scale_by_y);
-    std::vector<double> row_dot(scale_by_y ? N : M, 0.0);
-    Buffer<T> x_copy, gx_buffer, gy_buffer;
+    Buffer<T> gx_buffer, gy_buffer;
     T* const gy = !need_y ? nullptr : y_dtype == kScalarType<T> ? dy.mutable_data_ptr<T>() : gy_buffer.get(N * D);
     if (gy)
         std::fill_n(gy, N * D, T(0));
@@ -362,7 +241,7 @@ Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Te
     for (int64_t block = 0; block < blocks.count; ++block) {
         const int64_t i0 = blocks.begin(block), m_block = blocks.length(block);
         const Rows<T> rows(d, i0, m_block);
-        T* const partial = make_gx ? gx_buffer.get((parts.count + 1) * m_block * D) : nullptr;
+        T* const partial = need_x ? gx_buffer.get((parts.count + 1) * m_block * D) : nullptr;
         parts.each([&](int64_t part, int64_t from, int64_t count) {
             T* const gx = partial ? partial + part * m_block * D : nullptr;
             if (gx)
@@ -370,12 +249,13 @@ Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Te
             Columns<T> columns(d);
             Panels<T> x_rows;
             Buffer<T> scratch, row_buffer;
-            T* const buffer = row_buffer.get(kTile);
+            T* const t = row_buffer.get(kTile);
             const Parts tiles(count, kTile);
             for (int64_t J = 0; J < tiles.count; ++J) {
                 const int64_t j0 = from + tiles.begin(J), n = tiles.length(J);
                 const auto place = [&](int64_t strip) {
-                    return kept_products.tile(2 * (i0 + rows.strips.begin(strip)), 2 * rows.strips.length(strip), j0, n, N);
+                    return kept_products.tile(2 * (i0 + rows.strips.begin(strip)), 2 * rows.strips.length(strip), j0, n,
+                                              N);
                 };
                 columns.set(j0, n, !place(rows.strips.count - 1), gx); // the last strip is the last to have a place
                 for (int64_t strip = 0; strip < rows.strips.count; ++strip) {
@@ -389,14 +269,14 @@ Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Te
                         const int64_t i = i0 + begin + r;
                         T* const s = tile.data + r * tile.row;
                         const auto exponentials = [&](const Side<T>& side, T* out, int64_t row, T shift, T sum) {
-                            side.differences(out, products.data + row * products.row, n, i, j0);
-                            side.p.leave_out(out, n, i, j0, -std::numeric_limits<T>::infinity());
+                            side.logits(out, products.data + row * products.row, n, i, j0);
+                            const T most = largest(out, n);
                             exponentiate(out, n, shift);
-                            side.refine(out, n, i, j0, shift, sum, [](int64_t, double) {});
+                            side.refine(out, n, i, j0, shift, most, sum, [](int64_t, double, double) {});
                         };
-                        exponentials(d.teacher, buffer, m + r, shift_t[i], sum_t[i]);
+                        exponentials(d.teacher, t, m + r, shift_t[i], sum_t[i]);
                         exponentials(d.student, s, r, shift[i], sum[i]);
-                        mix(s, a[i], buffer, b[i], n);
+                        mix(s, a[i], t, b[i], n);
                     }
                     if (gx)
                         columns.times_y(gx + begin * D, tile.read(), m);
@@ -407,23 +287,19 @@ Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Te
                 }
             }
         });
-        if (!make_gx)
+        if (!need_x)
             continue;
         T* const gx = partial + parts.count * m_block * D;
         parallel_for(0, m_block, 16, [&](int64_t from, int64_t to) {
-            std::vector<T> x_row(D), y_row(D);
+            std::vector<T> y_row(D);
             for (int64_t r = from; r < to; ++r) {
-                const int64_t i = i0 + r;
                 T* const out = gx + r * D;
                 std::fill_n(out, D, T(0));
                 for (int64_t k = 0; k < parts.count; ++k)
                     add_scaled(out, partial + (k * m_block + r) * D, D, T(1));
                 if (!own.empty())
-                    add_scaled(out, p.y.row(p.own_column[i], y_row.data()), D, own[i]);
-                if (!scale_by_y)
-                    row_dot[i] = dot(p.x.row(i, x_row.data()), out, D);
-                if (need_x)
-                    store(out, D, unit * p.scale, dx, i * D);
+                    add_scaled(out, p.y.row(p.own_column[i0 + r], y_row.data()), D, own[i0 + r]);
+                store(out, D, unit * p.scale, dx, (i0 + r) * D);
             }
         });
     }
@@ -432,22 +308,11 @@ Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Te
         for (size_t i = 0; i < own.size(); ++i)
             add_scaled(gy + p.own_column[i] * D, p.x.row(i, x_row.data()), D, own[i]);
         parallel_for(0, N, 32, [&](int64_t from, int64_t to) {
-            std::vector<T> y_row(D);
-            for (int64_t j = from; j < to; ++j) {
-                if (scale_by_y)
-                    row_dot[j] = dot(p.y.row(j, y_row.data()), gy + j * D, D);
+            for (int64_t j = from; j < to; ++j)
                 store(gy + j * D, D, unit * p.scale, dy, j * D);
-            }
         });
     }
-    const Tensor dscale = empty({need_scale ? 1 : 0}, kScalarType<T>);
-    if (need_scale) {
-        double total = 0;
-        for (const double v : row_dot)
-            total += v;
-        *dscale.mutable_data_ptr<T>() = static_cast<T>(unit * total);
-    }
-    return {dx, dy, dscale};
+    return {dx, dy};
 }
 
 Forward pair_distill_fwd(const Tensor& x, const Tensor& y, const Tensor& x_t, const std::optional<Tensor>& y_t,
@@ -456,9 +321,8 @@ Forward pair_distill_fwd(const Tensor& x, const Tensor& y, const Tensor& x_t, co
                          const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids,
                          bool want_slopes, int64_t keep) {
     const auto run = [&]<class T>(T) {
-        return forward(
-            Distillation<T>(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids), want_slopes,
-            keep);
+        return forward(Distillation<T>(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids),
+                       want_slopes, keep);
     };
     return x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }
@@ -468,11 +332,10 @@ Backward pair_distill_bwd(const Tensor& grad_student, const Tensor& grad_cross, 
                           const Tensor& scale_t, const std::optional<Tensor>& bias_t, const std::optional<Tensor>& own,
                           std::optional<int64_t> own_offset, const std::optional<Tensor>& row_ids,
                           const std::optional<Tensor>& column_ids, const Tensor& stats, const Tensor& stash,
-                          bool need_x, bool need_y, bool need_scale) {
+                          bool need_x, bool need_y) {
     const auto run = [&]<class T>(T) {
-        return backward(
-            Distillation<T>(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids),
-            grad_student, grad_cross, stats, stash, x.scalar_type(), y.scalar_type(), need_x, need_y, need_scale);
+        return backward(Distillation<T>(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids),
+                        grad_student, grad_cross, stats, stash, x.scalar_type(), y.scalar_type(), need_x, need_y);
     };
     return x.scalar_type() == ScalarType::Double ? run(double()) : run(float());
 }

@@ -9,10 +9,14 @@ namespace vlpfast::contrastive {
 namespace { // each copy's dispatcher would otherwise be exported
 
 // out = scale * (s - origin) + bias: exact differences where products are close to the origin; out may be s.
-template <class T>
-VLPFAST_CLONES void differences(T* out, const T* s, int64_t n, T scale, T origin, const T* bias) {
+template <class T> VLPFAST_CLONES void to_logits(T* out, const T* s, int64_t n, T scale, T origin, const T* bias) {
     for (int64_t j = 0; j < n; ++j)
         out[j] = scale * (s[j] - origin) + bias[j];
+}
+
+template <class T> VLPFAST_CLONES void subtract(T* out, const T* s, int64_t n, T origin) {
+    for (int64_t j = 0; j < n; ++j)
+        out[j] = s[j] - origin;
 }
 
 // NaN is passed over (it shows in the sums).
@@ -33,36 +37,35 @@ template <class T> VLPFAST_CLONES T largest(const T* s, int64_t n) {
     return most;
 }
 
-// s = exp(s - shift); returns the sum. No s may be above the shift.
-template <class T> VLPFAST_CLONES T exponentiate(T* s, int64_t n, T shift) {
-    T lanes[kLanes] = {};
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-        for (int l = 0; l < kLanes; ++l)
-            lanes[l] += s[j + l] = exponential(s[j + l] - shift);
-    }
-    T sum = 0;
-    for (; j < n; ++j)
-        sum += s[j] = exponential(s[j] - shift);
-    for (const T lane : lanes)
-        sum += lane;
-    return sum;
+// s = exp(s - shift). No s may be above the shift.
+template <class T> VLPFAST_CLONES void exponentiate(T* s, int64_t n, T shift) {
+    for (int64_t j = 0; j < n; ++j)
+        s[j] = exponential(s[j] - shift);
 }
 
-// The sum of e * d.
-template <class T> VLPFAST_CLONES T weighted_sum(const T* e, const T* d, int64_t n) {
-    T lanes[kLanes] = {};
+// The same; adds the sum to `sum` and that of s * d to `mean`.
+template <class T> VLPFAST_CLONES void exponentiate(T* s, const T* d, int64_t n, T shift, double& sum, double& mean) {
+    T lanes[kLanes] = {}, mean_lanes[kLanes] = {};
     int64_t j = 0;
     for (; j + kLanes <= n; j += kLanes) {
-        for (int l = 0; l < kLanes; ++l)
-            lanes[l] += e[j + l] * d[j + l];
+        for (int l = 0; l < kLanes; ++l) {
+            s[j + l] = exponential(s[j + l] - shift);
+            lanes[l] += s[j + l];
+            mean_lanes[l] += s[j + l] * d[j + l];
+        }
     }
-    T sum = 0;
-    for (; j < n; ++j)
-        sum += e[j] * d[j];
-    for (const T lane : lanes)
-        sum += lane;
-    return sum;
+    for (; j < n; ++j) {
+        s[j] = exponential(s[j] - shift);
+        lanes[0] += s[j];
+        mean_lanes[0] += s[j] * d[j];
+    }
+    T part = 0, mean_part = 0;
+    for (int l = 0; l < kLanes; ++l) {
+        part += lanes[l];
+        mean_part += mean_lanes[l];
+    }
+    sum += part;
+    mean += mean_part;
 }
 
 // s = a * s + b * t

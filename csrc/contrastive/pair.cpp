@@ -68,7 +68,7 @@ void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& r
                 for (int64_t r = begin; r < begin + length; ++r) {
                     double& sum = rows.sum[i0 + r];
                     p.refine(tile.data + r * tile.row, n, i0 + r, j0, shift, limit_of<T>(sum, p.want_rows),
-                             limits.data(), [&](int64_t j, double difference) {
+                             limits.data(), [&](int64_t j, double difference, double) {
                                  sum += difference;
                                  sums[j] += static_cast<T>(difference);
                              });
@@ -246,7 +246,7 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
                         if (!kept) {
                             p.exponentials(s, n, i, j0, offset);
                             p.refine(s, n, i, j0, shift, limit_of<T>(rows.sum[i], p.want_rows), limits.data(),
-                                     [](int64_t, double) {});
+                                     [](int64_t, double, double) {});
                         }
                         weigh(s, kept ? kept + r * n : s, n, a[i], b.data() + j0);
                     }

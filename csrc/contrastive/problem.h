@@ -120,8 +120,8 @@ template <class T> struct Problem {
         leave_out(s, n, i, begin, -std::numeric_limits<T>::infinity());
     }
     // Makes those centred exponentials of row i that are above `limit` or `limits[j]` again from a product in double,
-    // and tells changed(j, by how much). A float product is off by some 1e-7, times the scale: that shows where a sum
-    // is one term, and averages out where it is many.
+    // and tells changed(j, by how much, the product). A float product is off by some 1e-7, times the scale: that shows
+    // where a sum is one term, and averages out where it is many.
     template <class F>
     void refine(T* e, int64_t n, int64_t i, int64_t begin, double shift, T limit, const T* limits,
                 const F& changed) const {
@@ -140,7 +140,7 @@ template <class T> struct Problem {
                         continue;
                     const double product = dot(x_row, y.row(begin + j, y_copy.data()), D());
                     const double exact = std::exp(scale * product + bias[begin + j] - shift);
-                    changed(j, exact - e[j]);
+                    changed(j, exact - e[j], product);
                     e[j] = static_cast<T>(exact);
                 }
             }

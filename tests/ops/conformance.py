@@ -287,9 +287,7 @@ def other_layout(arguments: Arguments, other: Arguments) -> Arguments:
 
 
 DISTILL_CASES: dict[str, Callable[[], Arguments]] = {
-    name: lambda case=case: with_teacher(case())
-    for name, case in SOFTPLUS_CASES.items()
-    if "negative_weight" not in case()
+    name: lambda case=case: with_teacher(case()) for name, case in SOFTPLUS_CASES.items() if "negative_weight" not in case()
 } | {
     "strided": lambda: with_teacher(other_layout(strided(20, 33, 6), strided(20, 33, 6))),
     "expanded": lambda: with_teacher(other_layout(expanded(20, 33, 6), expanded(20, 33, 6))),
@@ -315,9 +313,7 @@ def distill_shared(y: Tensor, y_t: Tensor, **arguments: Any) -> tuple[Tensor, ..
 
 
 OPS |= {
-    name: Op(
-        function, contrastive.distill.KERNELS, ("x", "y", "x_t", "y_t"), ("scale", "scale_t", "bias_t"), DISTILL_CASES, True
-    )
+    name: Op(function, contrastive.distill.KERNELS, ("x", "y", "x_t", "y_t"), ("scale", "scale_t", "bias_t"), DISTILL_CASES, True)
     for name, function in (
         ("pair_distill, stash", contrastive.pair_distill),
         ("pair_distill, recompute", with_budget(contrastive.pair_distill, 0)),

@@ -132,20 +132,21 @@ def _(x: Tensor, y: Tensor, scale, own, own_offset, row_ids, column_ids, count, 
     return x.new_empty((x.shape[0], count), dtype=torch.int64)
 
 
-# Student's logits S = scale * x @ y.T, teacher's T = scale_t * x_t @ y_t.T (+ bias_t), x_t [M, E], y_t [N, E]; no y_t: y itself.
-# `stats` [4, M]: sum of exp(S - shift) and shift, then T's, where S and T are relative to the own logit, rounded, of the row.
+# Student's logits S = scale * x @ y.T, teacher's T = scale_t * x_t @ y_t.T (+ bias_t), x_t [M, E], y_t [N, E]; no y_t: y.
+# `stats` [6, M]: sum of exp(S - shift) and shift, then T's, where S and T are relative to the own logit, rounded; then
+# d student / d scale and d cross / d scale.
 # `slopes` [2, M, D] ([0, M, D] unless wanted): what y's rows average to under softmax(S) and softmax(T), minus the own row.
 # `stash`: the products, the first min(keep, 2 * M * N) in the kernel's own order; the backward makes the others again.
 _PAIR_DISTILL_FWD = (
-    "(Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, Tensor? bias_t, Tensor? own, SymInt? own_offset, "
-    "Tensor? row_ids, Tensor? column_ids, bool want_slopes, SymInt keep) "
+    "(Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, Tensor? bias_t, "
+    "Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, bool want_slopes, SymInt keep) "
     "-> (Tensor student, Tensor teacher, Tensor cross, Tensor stats, Tensor slopes, Tensor stash)"
 )
-# What is not needed comes back empty. dscale has shape [1].
+# What is not needed comes back empty; the gradient of scale is in the stats.
 _PAIR_DISTILL_BWD = (
     "(Tensor grad_student, Tensor grad_cross, Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, "
     "Tensor? bias_t, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, Tensor stats, Tensor stash, "
-    "bool need_x, bool need_y, bool need_scale) -> (Tensor dx, Tensor dy, Tensor dscale)"
+    "bool need_x, bool need_y) -> (Tensor dx, Tensor dy)"
 )
 for _suffix in ("", "_triton"):
     torch.library.define(f"vlpfast::pair_distill_fwd{_suffix}", _PAIR_DISTILL_FWD, tags=torch.Tag.pt2_compliant_tag)
@@ -161,7 +162,7 @@ def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, r
         x.new_empty(m, **new),
         x.new_empty(m, **new),
         x.new_empty(m, **new),
-        x.new_empty((4, m), **new),
+        x.new_empty((6, m), **new),
         x.new_empty((2 if want_slopes else 0, m, d), **new),
         x.new_empty(torch.sym_min(keep, 2 * m * n), **new),
     )
@@ -170,9 +171,5 @@ def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, r
 @torch.library.register_fake("vlpfast::pair_distill_bwd")
 @torch.library.register_fake("vlpfast::pair_distill_bwd_triton")
 def _(grad_student, grad_cross, x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
-      stats, stash, need_x, need_y, need_scale):  # fmt: skip
-    return (
-        x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
-        y.new_empty((y.shape[0] if need_y else 0, y.shape[1])),
-        x.new_empty(1 if need_scale else 0, dtype=accumulate_dtype(x.dtype)),
-    )
+      stats, stash, need_x, need_y):  # fmt: skip
+    return x.new_empty((x.shape[0] if need_x else 0, x.shape[1])), y.new_empty((y.shape[0] if need_y else 0, y.shape[1]))

@@ -68,7 +68,7 @@ def _(x_shape, y_shape, x_t_shape, *args, out_shape=None, **kwargs) -> int:
 
 @register_flop_formula([torch.ops.vlpfast.pair_distill_bwd, torch.ops.vlpfast.pair_distill_bwd_triton])
 def _(grad_student_shape, grad_cross_shape, x_shape, y_shape, x_t_shape, *args, out_shape=None, **kwargs) -> int:
-    stash_shape, need_x, need_y, need_scale = args[9:13]
+    stash_shape, need_x, need_y = args[9:12]
     pairs = x_shape[0] * y_shape[0]
     recomputed = 2 * (pairs - math.prod(stash_shape) // 2) * (x_shape[1] + x_t_shape[1])
-    return recomputed + _product(x_shape, y_shape) * ((need_x or (need_scale and not need_y)) + need_y)
+    return recomputed + _product(x_shape, y_shape) * (need_x + need_y)

@@ -125,10 +125,10 @@ def _pair_distill(x, y, x_t, y_t, scale, scale_t, own, leave_out, bias_t, stash_
     y = y.view_as(y) if y is x else y
     column_ids = column_ids.view_as(column_ids) if column_ids is not None and column_ids is row_ids else column_ids
     x_t, y_t, scale_t, bias_t = (None if t is None else t.detach() for t in (x_t, y_t, scale_t, bias_t))
-    needed = [torch.is_grad_enabled() and t.requires_grad for t in (x, y, scale)]
-    triton = backend == "triton"
-    in_one_pass = any(needed) and not needed[1] and not (triton and max(x.shape[1], x_t.shape[1]) > TRITON_WIDTH)
-    keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if needed[1] and not triton else 0
+    need_x, need_y = (torch.is_grad_enabled() and t.requires_grad for t in (x, y))
+    triton = backend == "triton"  # keeps no products, and makes slopes of narrow features alone
+    in_one_pass = need_x and not need_y and not (triton and max(x.shape[1], x_t.shape[1]) > TRITON_WIDTH)
+    keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if need_y and not triton else 0
     student, teacher, cross, *_ = PairDistill.apply(
         backend, x, y, x_t, y_t, scale, scale_t, bias_t, own_index, own_offset, row_ids, column_ids, in_one_pass, keep
     )
@@ -152,13 +152,13 @@ def distilled_contrastive_loss(
     col_negatives: Tensor | None = None,
     stash_bytes: int = STASH_BYTES,
 ) -> Tensor:
-    """The contrastive loss with a momentum teacher's soft targets (ALBEF): per row the cross-entropy of the student's logits with
+    """The contrastive loss with a momentum teacher's soft targets (ALBEF): a row's cross-entropy against
 
         alpha * softmax(teacher's logits) + (1 - alpha) * one-hot(own pair)
 
     With momentum keys and queues:
 
-        rows: student x_i, teacher x_t_i, both against [y_t; row_negatives]        columns: y_j, y_t_j against [x_t; col_negatives]
+        rows: student x_i, teacher x_t_i, both against [y_t; row_negatives]     columns: y_j, y_t_j against [x_t; col_negatives]
 
     Nothing of the size N x (N + Q) is made or kept, queues are read where they lie, and for alpha = 0 a loss near zero keeps its
     digits as in `clip_loss`.
@@ -213,8 +213,10 @@ def distilled_contrastive_loss(
         found = pair_distill(x, y, x_t, y_t, scale, scale_t, stash_bytes=stash_bytes)
         if queue is not None:
             more = pair_distill(x, queue, x_t, queue, scale, scale_t, own=None)
-            found = _merged(found, more, scale * row_dots(x, y), scale_t * row_dots(x_t, y_t))
-        return softplus(found.student) - alpha * found.teacher.sigmoid() * found.cross  # [N]
+            # in double: of a loss near zero the rounding of own logits would be all of the error
+            own, own_t = (s * row_dots(a.double(), b.double()) for s, a, b in ((scale, x, y), (scale_t, x_t, y_t)))
+            found = _merged(found, more, own, own_t)
+        return (softplus(found.student) - alpha * found.teacher.sigmoid() * found.cross).to(scale.dtype)  # [N]
 
     sides = []
     for side, (weight, over) in enumerate(zip(weights, (row_weights, col_weights), strict=True)):
@@ -226,7 +228,7 @@ def distilled_contrastive_loss(
 
 
 def _merged(own: Distilled, more: Distilled, own_logits: Tensor, own_logits_t: Tensor) -> Distilled:
-    """The result over the columns of both: of `own` with own pairs, of `more` without. own_logits: the student's [M], teacher's."""
+    """Over the columns of both, `own` with own pairs and `more` without; own_logits: the student's and the teacher's, [M]."""
     beside = more.teacher - own_logits_t
     teacher = logaddexp(own.teacher, beside)
     share = (own.teacher - teacher).exp()  # of the first columns in the teacher's sum
@@ -246,8 +248,8 @@ class PairDistill(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.backend, *tensors, ctx.own_offset, row_ids, column_ids, ctx.want_slopes, _ = inputs
-        student, teacher, cross, *saved = output  # stats, slopes, stash
+        ctx.backend, *tensors, ctx.own_offset, row_ids, column_ids, _, _ = inputs
+        _, teacher, _, *saved = output  # stats, slopes, stash
         ctx.save_for_backward(*tensors, row_ids, column_ids, *saved)
         ctx.mark_non_differentiable(teacher, *saved)
         ctx.set_materialize_grads(False)
@@ -257,61 +259,41 @@ class PairDistill(torch.autograd.Function):
         x, y, x_t, y_t, scale, scale_t, bias_t, own, row_ids, column_ids, stats, slopes, stash = ctx.saved_tensors
         grad_student = stats.new_zeros(x.shape[0]) if grad_student is None else grad_student
         grad_cross = stats.new_zeros(x.shape[0]) if grad_cross is None else grad_cross
-        needed = need_x, need_y, need_scale = [ctx.needs_input_grad[i] for i in (1, 2, 5)]
-        if ctx.want_slopes:
-            dx, dscale = _Slopes.apply(grad_student, grad_cross, x, y, scale, slopes)
-            dy = None
-        else:
-            dx, dy, dscale = _Gradient.apply(
-                ctx.backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, ctx.own_offset, row_ids,
-                column_ids, stats, stash, *needed,
-            )  # fmt: skip
-        return (
-            None,
-            dx if need_x else None,
-            dy if need_y else None,
-            *(None, None),
-            dscale.reshape(()) if need_scale else None,
-            *[None] * 8,
-        )
+        dx, dy, dscale = _Gradient.apply(
+            ctx.backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, ctx.own_offset, row_ids, column_ids,
+            stats, slopes, stash, *ctx.needs_input_grad[1:3],
+        )  # fmt: skip
+        need_x, need_y, _, _, need_scale = ctx.needs_input_grad[1:6]
+        return None, dx if need_x else None, dy if need_y else None, None, None, dscale if need_scale else None, *[None] * 8
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
         raise NotImplementedError(f"pair_distill: results under vmap {_BY_REFERENCE}")
 
 
-class _Slopes(torch.autograd.Function):
-    """The gradient where y needs none: dlogits' weights are in the slopes already. y takes part for second derivatives' sake."""
-
-    generate_vmap_rule = True  # torch.func.jacrev
-
-    @staticmethod
-    def forward(grad_student, grad_cross, x, y, scale, slopes):
-        dlogit = grad_student[:, None] * slopes[0] + grad_cross[:, None] * slopes[1]  # [M, D] the sum of dLoss/dS y
-        return (scale * dlogit).to(x.dtype), (x.to(dlogit.dtype) * dlogit).sum()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"pair_distill: second derivatives {_BY_REFERENCE}")
-
-
 class _Gradient(torch.autograd.Function):
-    """torch.ops.vlpfast.pair_distill_bwd as a step of its own in the graph: a second derivative meets an error."""
+    """The gradients as a step of their own in the graph: a second derivative meets an error, never a silent zero.
+
+    dx comes from the slopes where the forward has made them, dx and dy from torch.ops.vlpfast.pair_distill_bwd else.
+    """
 
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
     def forward(backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
-                stats, stash, need_x, need_y, need_scale):  # fmt: skip
+                stats, slopes, stash, need_x, need_y):  # fmt: skip
+        dscale = (grad_student * stats[4] + grad_cross * stats[5]).sum()
+        if slopes.shape[0]:
+            dx = scale * (grad_student[:, None] * slopes[0] + grad_cross[:, None] * slopes[1])
+            return dx.to(x.dtype), y.new_empty(0), dscale
+        if not need_x and not need_y:
+            return x.new_empty(0), y.new_empty(0), dscale
         operator = torch.ops.vlpfast.pair_distill_bwd_triton if backend == "triton" else torch.ops.vlpfast.pair_distill_bwd
-        return operator(
+        dx, dy = operator(
             grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
-            stats, stash, need_x, need_y, need_scale,
+            stats, stash, need_x, need_y,
         )  # fmt: skip
+        return dx, dy, dscale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

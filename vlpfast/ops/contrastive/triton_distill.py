@@ -20,9 +20,9 @@ from torch import Tensor
 from vlpfast.ops._schemas import stash_dtype, stash_shape
 from vlpfast.ops._triton import cdiv, dot, grouped, launch, narrow
 from vlpfast.ops.contrastive.distill import TRITON_WIDTH
-from vlpfast.ops.contrastive.triton_gradient import WEIGHT_SCALE, Gradient, Side, Unit, own_of_columns, own_of_rows, times
+from vlpfast.ops.contrastive.triton_gradient import Gradient, Side, Unit, own_of_columns, own_of_rows, times
 from vlpfast.ops.contrastive.triton_sums import LOG2E, Pairs, chunks
-from vlpfast.ops.contrastive.triton_tiles import kept_pairs, own_logits, precision, products, stride, tile
+from vlpfast.ops.contrastive.triton_tiles import kept_pairs, own_logits, precision, products, tile
 
 WORKSPACE_BYTES = 256 << 20  # of P; at least 128 rows at a time
 MOST_PARTS = 512  # of the columns: the second kernel holds a number of each at once
@@ -52,9 +52,10 @@ def _distilled_sums(
     OWN: tl.constexpr, WHOLE: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Over COLUMNS columns, sums_out [5, PARTS, M]: the student's shift and sum, the teacher's, and of E_t times the student's logit.
+    """Over COLUMNS columns, sums_out [6, PARTS, M]: the student's shift and sum, the teacher's, the sums of E_s and E_t times
+    <x_i, y_j>.
 
-    weighted_out [PARTS, 2, M, D]: E_s y and E_t y. Logits are relative to the rounded own one. No y_t: y.
+    weighted_out [PARTS, 2, M, D]: E_s y and E_t y. Products are relative to the rounded own one. No y_t: y.
     """
     rows = tl.program_id(0) // PARTS * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(0) % PARTS
@@ -65,7 +66,7 @@ def _distilled_sums(
     shift = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     shift_t = shift
     total = tl.zeros((BLOCK_M,), tl.float32)
-    total_t, cross = total, total
+    total_t, mean, mean_t = total, total, total
     if WHOLE:
         mine = _whole(x, rows, M, D, x_row, x_column, BLOCK_D)
         mine_t = _whole(x_t, rows, M, E, x_t_row, x_t_column, BLOCK_E)
@@ -98,15 +99,16 @@ def _distilled_sums(
         kept = kept_pairs(
             rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
         )
-        s = tl.where(kept, factor * (s - base), float("-inf"))
+        s -= base
         t = factor_t * (t - base_t)
         if bias is not None:
             t += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
         shift_t, lower_t, e_t = _raise(shift_t, tl.where(kept, t, float("-inf")))
         total_t = total_t * lower_t + tl.sum(e_t, 1)
-        cross = cross * lower_t + tl.sum(tl.where(kept, e_t * s, 0.0), 1)
-        shift, lower, e = _raise(shift, s)
+        mean_t = mean_t * lower_t + tl.sum(e_t * s, 1)
+        shift, lower, e = _raise(shift, tl.where(kept, factor * s, float("-inf")))
         total = total * lower + tl.sum(e, 1)
+        mean = mean * lower + tl.sum(e * s, 1)
         if weighted_out is not None:
             weighted = times(e, f, weighted * lower[:, None])
             weighted_t = times(e_t, f, weighted_t * lower_t[:, None])
@@ -115,7 +117,8 @@ def _distilled_sums(
     tl.store(at + sum_list, total, mask=inside)
     tl.store(at + 2 * sum_list, shift_t, mask=inside)
     tl.store(at + 3 * sum_list, total_t, mask=inside)
-    tl.store(at + 4 * sum_list, cross, mask=inside)
+    tl.store(at + 4 * sum_list, mean, mask=inside)
+    tl.store(at + 5 * sum_list, mean_t, mask=inside)
     if weighted_out is not None:
         d = tl.arange(0, BLOCK_D)
         there = inside[:, None] & (d < D)[None, :]
@@ -161,7 +164,7 @@ def _slope(
 
 @triton.jit
 def _merge_distilled(
-    student, teacher, cross, stats, slopes, sums, weighted, logits, logits_t, origin, origin_t, scale, scale_t, y, own,
+    student, teacher, cross, stats, slopes, sums, weighted, logits, logits_t, products, origin, origin_t, scale, scale_t, y, own,
     M, N, D, PARTS, sum_list, y_row, y_column, own_stride, own_offset,
     OWN: tl.constexpr, BLOCK_P: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -173,17 +176,25 @@ def _merge_distilled(
     shift_t, factors_t = _merged_shift(at + 2 * sum_list, PARTS, M, BLOCK_P)
     total_t = _merged_sum(at + 3 * sum_list, factors_t, PARTS, M, BLOCK_P)
     if tl.program_id(1) == 0:
-        # own logits are relative to the rounded one, then to the exact one
-        correction = tl.load(scale).to(tl.float64) * tl.load(origin + row) - tl.load(logits + row)
+        # products are relative to the rounded own one, results to the exact one
+        factor = tl.load(scale).to(tl.float64)
+        exact = tl.load(products + row)
+        rounding = tl.load(origin + row) - exact
+        correction = factor * tl.load(origin + row) - tl.load(logits + row)
         correction_t = tl.load(scale_t).to(tl.float64) * tl.load(origin_t + row) - tl.load(logits_t + row)
-        mean = _merged_sum(at + 4 * sum_list, factors_t, PARTS, M, BLOCK_P) / tl.where(total_t == 0, 1.0, total_t)
+        mean = _merged_sum(at + 4 * sum_list, factors, PARTS, M, BLOCK_P) / tl.where(total == 0, 1.0, total)
+        mean_t = _merged_sum(at + 5 * sum_list, factors_t, PARTS, M, BLOCK_P) / tl.where(total_t == 0, 1.0, total_t)
+        mean = tl.where(total == 0, -exact, mean + rounding)
+        mean_t = tl.where(total_t == 0, 0.0, mean_t + rounding)
         tl.store(student + row, (tl.log(total) + shift + correction).to(tl.float32))
         tl.store(teacher + row, (tl.log(total_t) + shift_t + correction_t).to(tl.float32))
-        tl.store(cross + row, tl.where(total_t == 0, 0.0, mean + correction).to(tl.float32))
+        tl.store(cross + row, (factor * mean_t).to(tl.float32))
         tl.store(stats + row, total.to(tl.float32))
         tl.store(stats + M + row, shift)
         tl.store(stats + 2 * M + row, total_t.to(tl.float32))
         tl.store(stats + 3 * M + row, shift_t)
+        tl.store(stats + 4 * M + row, mean.to(tl.float32))
+        tl.store(stats + 5 * M + row, mean_t.to(tl.float32))
     if slopes is not None:
         d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         column = row + own_offset
@@ -206,14 +217,14 @@ def _merge_distilled(
 
 @triton.jit
 def _distilled_weights(
-    kept_rows, dot_partial, x, y, x_t, y_t, scale, scale_t, bias, origin, origin_t, own, row_ids, column_ids, weights, weights_t,
+    kept_rows, x, y, x_t, y_t, scale, scale_t, bias, origin, origin_t, own, row_ids, column_ids, weights, weights_t,
     shifts, shifts_t,
     M, N, D, E, kept_row, x_row, x_column, y_row, y_column, x_t_row, x_t_column, y_t_row, y_t_column,
     bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
     OWN: tl.constexpr, EVEN_D: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A tile of P = weight * E_s + weight_t * E_t, and the sum of P (<x_i, y_j> - origin_i) over it."""
+    """A tile of P = weight * E_s + weight_t * E_t."""
     block_row, block_column = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     rows = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -236,11 +247,8 @@ def _distilled_weights(
     weight = tl.load(weights + rows, mask=inside, other=0.0)[:, None]
     shift = tl.load(shifts + rows, mask=inside, other=0.0)[:, None]
     p += weight * tl.exp2((tl.where(kept, tl.load(scale) * s, float("-inf")) - shift) * LOG2E)
-    if dot_partial is not None:
-        tl.store(dot_partial + tl.program_id(0), tl.sum(tl.sum(tl.where(kept, p * s, 0.0), 1), 0))
-    if kept_rows is not None:
-        at = kept_rows + rows.to(tl.int64)[:, None] * kept_row + columns[None, :]
-        tl.store(at, narrow(p, kept_rows.dtype.element_ty), mask=inside[:, None] & (columns < kept_row)[None, :])
+    at = kept_rows + rows.to(tl.int64)[:, None] * kept_row + columns[None, :]
+    tl.store(at, narrow(p, kept_rows.dtype.element_ty), mask=inside[:, None] & (columns < kept_row)[None, :])
 
 
 @dataclass(frozen=True)
@@ -300,7 +308,7 @@ def forward(
     columns = max(1, cdiv(blocks[1], max(1, min(cdiv(programs, max(1, blocks[0])), MOST_PARTS)))) * chosen["BLOCK_N"]
     parts = max(1, cdiv(n, columns))
     new = {"dtype": torch.float32}
-    sums = x.new_empty(5, parts, m, **new)
+    sums = x.new_empty(6, parts, m, **new)
     weighted = x.new_empty(parts, 2, m, d, **new) if want_slopes else None
     arguments = pairs.arguments(0, m)
     launch(
@@ -310,12 +318,12 @@ def forward(
         EVEN_E=e % chosen["BLOCK_K"] == 0, **chosen,
     )  # fmt: skip
     student, teacher, cross = (x.new_empty(m, **new) for _ in range(3))
-    stats, slopes = x.new_empty(4, m, **new), x.new_empty(2 if want_slopes else 0, m, d, **new)
+    stats, slopes = x.new_empty(6, m, **new), x.new_empty(2 if want_slopes else 0, m, d, **new)
     taken = ("origin", "origin_t", "scale", "scale_t", "y", "own", "M", "N", "D", "y_row", "y_column", "own_stride", "own_offset", "OWN")
     launch(
         _merge_distilled, (m, max(1, cdiv(d, 64)) if want_slopes else 1),
         student=student, teacher=teacher, cross=cross, stats=stats, slopes=slopes if want_slopes else None, sums=sums,
-        weighted=weighted, logits=pairs.own[0], logits_t=pairs.own_t[0], PARTS=parts, sum_list=sums.stride(0),
+        weighted=weighted, logits=pairs.own[0], logits_t=pairs.own_t[0], products=pairs.own[1], PARTS=parts, sum_list=sums.stride(0),
         **{name: arguments[name] for name in taken}, BLOCK_P=triton.next_power_of_2(parts), STEP=32, BLOCK_D=64, num_warps=4,
     )  # fmt: skip
     return student, teacher, cross, stats, slopes, x.new_empty(0, **new)
@@ -335,16 +343,15 @@ def backward(
     own_offset: int | None,
     row_ids: Tensor | None,
     column_ids: Tensor | None,
-    stats: Tensor,  # [4, M]
+    stats: Tensor,  # [6, M]
     stash: Tensor,  # [0]
     need_x: bool,
     need_y: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     (m, d), n, e = x.shape, y.shape[0], x_t.shape[1]
     pairs = Distillation.of(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids)
     unit = Unit.of(grad_student, grad_cross)
-    sums, shifts, sums_t, shifts_t = stats
+    sums, shifts, sums_t, shifts_t = stats[:4]
     grad_cross = torch.where(sums_t == 0, 0, grad_cross)
     weights = torch.where(sums == 0, 0, unit.lift(grad_student) / sums).float()
     weights_t = torch.where(sums_t == 0, 0, unit.lift(grad_cross) / sums_t).float()
@@ -352,27 +359,18 @@ def backward(
     rows, columns = Side(x, None, slopes, unit), Side(y, None, slopes.new_zeros(n), unit)
     dx = Gradient(rows, columns, own_of_rows(own, own_offset), scale, unit, None, need_x, False)
     dy = Gradient(columns, rows, own_of_columns(own, own_offset, n), scale, unit, None, need_y, False)
-    # of the weights of a row the sum is `slopes`: products relative to the rounded own one lose nothing where they are close to it
-    dscale = (slopes * (pairs.own[1].float() - pairs.own[1])).sum(0, keepdim=True)
-
     chosen = tile("distill_weights", x)
     dtype, (_, width) = stash_dtype("triton", x.dtype), stash_shape(m, n, 0)
-    product = (need_x or need_y) and d > 0
-    pieces = list(chunks(0, m, width * dtype.itemsize if product else 0, WORKSPACE_BYTES)) or [(0, 0)]
-    workspace = x.new_empty(pieces[0][1], width, dtype=dtype) if product else None
-    for i, (begin, end) in enumerate(pieces):
-        kept = workspace[: end - begin] if product else None
-        blocks = cdiv(end - begin, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
-        dots = x.new_empty(blocks, dtype=torch.float32) if need_scale else None
+    pieces = list(chunks(0, m, width * dtype.itemsize, WORKSPACE_BYTES)) or [(0, 0)]
+    workspace = x.new_empty(pieces[0][1], width, dtype=dtype)
+    for i, (begin, end) in enumerate(pieces if d else []):
+        kept = workspace[: end - begin]
         launch(
-            _distilled_weights, (blocks,),
-            kept_rows=kept, dot_partial=dots, kept_row=stride(kept), weights=weights[begin:end], weights_t=weights_t[begin:end],
+            _distilled_weights, (cdiv(end - begin, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"]),),
+            kept_rows=kept, kept_row=width, weights=weights[begin:end], weights_t=weights_t[begin:end],
             shifts=shifts[begin:end], shifts_t=shifts_t[begin:end], **pairs.arguments(begin, end),
             EVEN_D=d % chosen["BLOCK_K"] == 0, EVEN_E=e % chosen["BLOCK_K"] == 0, **chosen,
         )  # fmt: skip
-        if dots is not None:
-            dscale += dots.sum(dtype=torch.float64) * (unit.power / WEIGHT_SCALE)
-        if product:
-            dx.add(kept, slice(begin, end), slice(0, n))
-            dy.add(kept.T, slice(0, n), slice(begin, end), first=i == 0, last=i == len(pieces) - 1)
-    return dx.out, dy.out, dscale[: 1 if need_scale else 0].float()
+        dx.add(kept, slice(begin, end), slice(0, n))
+        dy.add(kept.T, slice(0, n), slice(begin, end), first=i == 0, last=i == len(pieces) - 1)
+    return dx.out, dy.out
