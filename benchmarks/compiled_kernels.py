@@ -132,8 +132,10 @@ def variant(launch: Launch) -> str:
     along = {1: " (rows)", 0: " (columns)", None: ""}[launch.arguments.get("ALONG")]
     if "kept_line" in launch.arguments:
         along = " (rows)" if launch.arguments["kept_other"] == 1 else " (columns)"
-    parts = launch.arguments.get("FIRST"), launch.arguments.get("LAST")
-    return along + {(True, False): ", first chunk", (False, False): ", next chunk", (False, True): ", last chunk"}.get(parts, "")
+    parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
+    kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
+    sums = ", summed" if launch.arguments.get("row_partial") is not None else ""
+    return along + sums + kept + {(True, False): ", first chunk", (False, False): ", next chunk"}.get(parts, "")
 
 
 def page(results: dict[str, list[Compiled]]) -> str:

@@ -90,10 +90,13 @@ def _centred_gradient(
     partner_grads, own, own_starts, scale, power,
     LINES, OTHERS, PARTNERS, D, KEPT_LINES, KEPT_OTHERS, kept_line, kept_other, feature_row, feature_column,
     partner_row, partner_column, own_stride, own_offset,
-    OWN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
+    OWN: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others], of which more may come (LAST)."""
+    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others].
+
+    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it.
+    """
     if tl.load(exact) != 0:
         return
     slices = tl.maximum(tl.cdiv(D, BLOCK_D), 1) if PRODUCT else 1
@@ -135,7 +138,7 @@ def _centred_gradient(
             total = _times(p, f, total)
         kept_at += BLOCK_K * kept_other
         feature_at += BLOCK_K * feature_row
-    if LAST:
+    if WHOLE:
         _finish(total, sums, out, line_sums, scale, power, part, lines, d, LINES, D)
     else:
         if PRODUCT:
@@ -288,8 +291,12 @@ class Gradient:
             D=d, KEPT_LINES=kept.shape[0], KEPT_OTHERS=kept.shape[1], kept_line=kept.stride(0), kept_other=kept.stride(1),
             feature_row=features.stride(0), feature_column=features.stride(1), partner_row=self.others.features.stride(0),
             partner_column=self.others.features.stride(1), own_stride=stride(own), own_offset=offset + lines.start,
-            OWN=kind, FIRST=first, LAST=last, PRODUCT=self.want_features, EVEN=even, **chosen,
+            OWN=kind, FIRST=first, WHOLE=first and last, PRODUCT=self.want_features, EVEN=even, **chosen,
         )  # fmt: skip
+        if last and not first and self.want_features:
+            self.buffer *= self.scale / WEIGHT_SCALE
+            self.buffer *= self.unit.power.float()  # two factors: one alone could leave float32's range
+            self.out.copy_(self.buffer)
 
     def add_exact(self, pairs: Pairs, along: int) -> None:
         """The whole gradient where `exact` is set; `along`: the axis of the logits that is summed."""
