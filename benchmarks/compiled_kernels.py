@@ -1,18 +1,17 @@
 """Compiles every Triton kernel of the project ahead of time, without a GPU: registers, spills, shared memory, instructions.
 
     python benchmarks/compiled_kernels.py            writes benchmarks/results/compiled/<chip>.json and docs/kernels.md
-    python benchmarks/compiled_kernels.py --only pair_logsumexp --dtype bfloat16 --chip sm_90      prints alone
+    python benchmarks/compiled_kernels.py --only pair_logsumexp --dtype bfloat16 --chip sm_90      only prints
 
 An operator is in the table by one row in CALLS: a call of its kernels on meta tensors of the size that is reported. What it would
-launch is compiled with the shipped tiles, as the launch would: divisibility by 16 of pointers, sizes and strides included. Times and
-speeds are no part of it: they need a GPU.
+launch is compiled with the shipped tiles, as the launch would: divisibility by 16 of pointers, sizes and strides included.
+Speeds are no part of it: they need a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -123,9 +122,9 @@ def read(compiled: Any) -> tuple[int, int, int, dict[str, int]]:
     return registers, max(local, stack), compiled.metadata.shared, counts
 
 
-def table(chip: str, only: str, dtypes: tuple[torch.dtype, ...]) -> list[Compiled]:
-    """Every kernel once for each way it is specialised; smaller last chunks are left aside."""
-    found: dict[tuple, Compiled] = {}
+def table(chip: str, only: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES, kernel: str = "") -> list[Compiled]:
+    """Every kernel whose name contains `kernel`, once for each way it is specialised."""
+    found: dict[tuple[str, str], Compiled] = {}
     for operator, call in CALLS.items():
         if only not in operator:
             continue
@@ -133,33 +132,69 @@ def table(chip: str, only: str, dtypes: tuple[torch.dtype, ...]) -> list[Compile
             with _triton.recording(chip) as launches:
                 call(dtype)
             for launch in launches:
+                if kernel not in launch.kernel.__name__:
+                    continue
                 compiled, tile = compile_launch(launch, chip)
-                key = (compiled.hash, str(dtype))
+                key = compiled.hash, str(dtype)
                 if key not in found:
-                    text = " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in tile.items())
-                    programs = launch.grid[0]
-                    name = launch.kernel.__name__ + "".join(
-                        f", {k}={v}" for k, v in launch.arguments.items() if k in ("ALONG", "FIRST", "LAST")
-                    )
-                    found[key] = Compiled(name, [], str(dtype).removeprefix("torch."), text, programs, *read(compiled))
+                    found[key] = Compiled(
+                        launch.kernel.__name__.lstrip("_") + variant(launch), [], str(dtype).removeprefix("torch."),
+                        " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in tile.items()), launch.grid[0], *read(compiled),
+                    )  # fmt: skip
                 if operator not in found[key].operators:
                     found[key].operators.append(operator)
     return list(found.values())
 
 
+def variant(launch: Launch) -> str:
+    """Which of a kernel's forms it is, by the constants that choose one."""
+    along = {1: " (rows)", 0: " (columns)", None: ""}[launch.arguments.get("ALONG")]
+    if "kept_line" in launch.arguments:
+        along = " (rows)" if launch.arguments["kept_other"] == 1 else " (columns)"
+    parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
+    kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
+    sums = ", summed" if launch.arguments.get("row_partial") is not None else ""
+    return along + sums + kept + {(True, False): ", first chunk", (False, False): ", next chunk"}.get(parts, "")
+
+
+def page(results: dict[str, list[Compiled]]) -> str:
+    """docs/kernels.md"""
+    tables = []
+    for chip, kernels in results.items():
+        rows = [
+            f"| {k.kernel} | {k.dtype} | {k.tile} | {k.registers} | {k.spills} | {k.shared // 1024} | "
+            + ", ".join(f"{count} {name}" for name, count in k.instructions.items() if count)
+            + " |"
+            for k in kernels
+        ]
+        head = "| kernel | features | tile | registers | spilled bytes | shared KiB | instructions |\n" + "|---" * 7 + "|\n"
+        tables.append(f"## {chip}\n\n{head}" + "\n".join(rows))
+    template = Path(__file__).with_name("compiled_kernels.md").read_text()
+    return template.format(n=N, d=D, triton=triton.__version__, tables="\n\n".join(tables))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="operators whose name contains this")
-    parser.add_argument("--chip", choices=CHIPS)
-    parser.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES])
+    parser.add_argument("--only", default="", help="operators whose name contains this; nothing is written then")
+    parser.add_argument("--kernel", default="", help="likewise, kernels whose name contains this")
+    parser.add_argument("--chip", choices=CHIPS, help="likewise")
+    parser.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES], help="likewise")
     args = parser.parse_args()
     if _triton.INTERPRETED.value:
         raise SystemExit("TRITON_INTERPRET is set: the interpreter compiles nothing")
     dtypes = tuple(d for d in DTYPES if args.dtype in (None, str(d).removeprefix("torch.")))
-    for chip in (args.chip,) if args.chip else CHIPS:
-        kernels = table(chip, args.only, dtypes)
+    results = {chip: table(chip, args.only, dtypes, args.kernel) for chip in ([args.chip] if args.chip else CHIPS)}
+    for chip, kernels in results.items():
         for k in kernels:
-            print(chip, k.kernel, k.dtype, k.tile, f"{k.registers} registers, {k.spills} B spilled, {k.shared} B shared", k.instructions)
+            print(json.dumps({"chip": chip} | asdict(k)))
+    if args.only or args.kernel or args.chip or args.dtype:
+        return
+    folder = ROOT / "benchmarks/results/compiled"
+    folder.mkdir(parents=True, exist_ok=True)
+    for chip, kernels in results.items():
+        record = {"chip": chip, "triton": triton.__version__, "n": N, "d": D, "kernels": [asdict(k) for k in kernels]}
+        (folder / f"{chip}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (ROOT / "docs/kernels.md").write_text(page(results))
 
 
 if __name__ == "__main__":

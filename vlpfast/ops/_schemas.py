@@ -11,8 +11,8 @@ from torch import Tensor
 
 # Logits S = scale * x @ y.T (+ bias), x [M, D], y [N, D]; own pair of row i: column own[i], or i + own_offset, or none.
 # `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts; `exact`: whether the shifts differ.
-# `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the others again. pair_fwd: the first min(keep, M * N)
-# in the kernel's own order, in the accumulating dtype; pair_fwd_triton: the first rows, see `stash_shape`, in `stash_dtype`.
+# `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the others again. In pair_fwd the first
+# min(keep, M * N) in the kernel's own order, in the accumulating dtype; in pair_fwd_triton rows: `stash_shape`, `stash_dtype`.
 _PAIR_FWD = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
     "bool want_rows, bool want_columns, SymInt keep) "
@@ -28,7 +28,8 @@ _PAIR_BWD = (
 )
 torch.library.define("vlpfast::pair_fwd", _PAIR_FWD, tags=torch.Tag.pt2_compliant_tag)
 torch.library.define("vlpfast::pair_bwd", _PAIR_BWD, tags=torch.Tag.pt2_compliant_tag)
-# want_scale: the derivatives of rows and columns by the scale stand in row 2 of the stats [3, M] and [3, N].
+# want_scale: the derivatives of rows and columns by the scale stand in row 2 of the stats [3, M] and [3, N]. The sums of rows in
+# `row_stats` are those of the exponentials as they are kept, in bfloat16 for bfloat16 features.
 torch.library.define(
     "vlpfast::pair_fwd_triton", _PAIR_FWD.replace("SymInt keep", "bool want_scale, SymInt keep"), tags=torch.Tag.pt2_compliant_tag
 )

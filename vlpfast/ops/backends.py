@@ -54,7 +54,9 @@ def choose(op: str, kernels: Mapping[str, str], device: torch.device, dtype: tor
     if _forced is not None:
         _require(_forced)
         if not takes(_forced, dtype):
-            raise RuntimeError(f"backend {_forced!r} is forced, but it has no kernels for {dtype}; the reference backend has them")
+            raise RuntimeError(
+                f"backend {_forced!r} is forced, but it has no kernels for {dtype}; the reference backend has them"
+            )
         if _forced != "reference" and device.type not in _devices(_forced, kernels):
             has = ", ".join(["reference", *(f"{name} ({kind})" for name, kind in kernels.items())])
             raise RuntimeError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PairLogsumexp(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.pair_fwd of one backend (vlpfast/ops/_schemas.py); rows and columns have gradients.
+    """Arguments and results of pair_fwd or pair_fwd_triton (vlpfast/ops/_schemas.py); rows and columns have gradients.
 
     It has no jvp of its own (Dynamo refuses a Function that has one), so forward-mode differentiation ends in torch's error.
     """
@@ -38,7 +38,8 @@ class PairLogsumexp(torch.autograd.Function):
             grad_columns = column_stats.new_zeros(y.shape[0] if ctx.want_columns else 0)
         need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[1:5]
         dx, dy, dscale, dbias = _Gradient.apply(
-            ctx.backend, grad_rows, grad_columns, x, y, scale, bias, own, ctx.own_offset, row_ids, column_ids, ctx.want_rows, ctx.want_columns,
+            ctx.backend, grad_rows, grad_columns, x, y, scale, bias, own, ctx.own_offset, row_ids, column_ids,
+            ctx.want_rows, ctx.want_columns,
             row_stats, column_stats, exact, stash, need_x, need_y, need_scale, need_bias,
         )  # fmt: skip
         if need_bias and bias.ndim == 0:
@@ -66,8 +67,9 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(backend, grad_rows, grad_columns, x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns,
-                row_stats, column_stats, exact, stash, need_x, need_y, need_scale, need_bias):  # fmt: skip
+    def forward(backend, grad_rows, grad_columns, x, y, scale, bias, own, own_offset, row_ids, column_ids,
+                want_rows, want_columns, row_stats, column_stats, exact, stash,
+                need_x, need_y, need_scale, need_bias):  # fmt: skip
         operator = torch.ops.vlpfast.pair_bwd_triton if backend == "triton" else torch.ops.vlpfast.pair_bwd
         return operator(
             grad_rows, grad_columns, x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns,

@@ -94,17 +94,18 @@ def _centred_gradient(
     partner_grads, own, own_starts, scale, power,
     LINES, OTHERS, PARTNERS, D, KEPT_LINES, KEPT_OTHERS, kept_line, kept_other, feature_row, feature_column,
     partner_row, partner_column, own_stride, own_offset,
-    OWN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
+    OWN: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others], of which more may come (LAST).
+    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others].
 
-    Without line_weights what is kept are the weights themselves.
+    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it. Without line_weights
+    what is kept are the weights themselves.
     """
     if exact is not None:
         if tl.load(exact) != 0:
             return
-    slices = tl.cdiv(D, BLOCK_D) if PRODUCT else 1
+    slices = tl.maximum(tl.cdiv(D, BLOCK_D), 1) if PRODUCT else 1
     part = tl.program_id(0) % slices
     lines = tl.program_id(0) // slices * BLOCK_L + tl.arange(0, BLOCK_L)
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -147,7 +148,7 @@ def _centred_gradient(
             total = times(p, f, total)
         kept_at += BLOCK_K * kept_other
         feature_at += BLOCK_K * feature_row
-    if LAST:
+    if WHOLE:
         _finish(total, sums, out, line_sums, scale, power, part, lines, d, LINES, D)
     else:
         if PRODUCT:
@@ -165,10 +166,13 @@ def _exact_gradient(
     OWN: tl.constexpr, LINE_OWN: tl.constexpr, ALONG: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The same where every row and column has its own shift; each program makes the logits that it needs. ALONG: the axis summed."""
+    """The same where every row and column has its own shift: each program makes the logits that it needs.
+
+    ALONG: the axis that is summed.
+    """
     if tl.load(exact) == 0:
         return
-    slices = tl.cdiv(D, BLOCK_D)
+    slices = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
     part = tl.program_id(0) % slices
     block = tl.program_id(0) // slices
     d = part * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -196,7 +200,7 @@ def _exact_gradient(
         if bias is not None:
             s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
         kept = kept_pairs(
-            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, False
         )
         s = tl.where(kept, s, float("-inf"))
         a = tl.load(row_weights + rows, mask=rows < M, other=0.0)[:, None]
@@ -311,8 +315,12 @@ class Gradient:
             D=d, KEPT_LINES=kept.shape[0], KEPT_OTHERS=kept.shape[1], kept_line=kept.stride(0), kept_other=kept.stride(1),
             feature_row=features.stride(0), feature_column=features.stride(1), partner_row=self.others.features.stride(0),
             partner_column=self.others.features.stride(1), own_stride=stride(own), own_offset=offset + lines.start,
-            OWN=kind, FIRST=first, LAST=last, PRODUCT=self.want_features, EVEN=even, **chosen,
+            OWN=kind, FIRST=first, WHOLE=first and last, PRODUCT=self.want_features, EVEN=even, **chosen,
         )  # fmt: skip
+        if last and not first and self.want_features:
+            self.buffer *= self.scale / WEIGHT_SCALE
+            self.buffer *= self.unit.power.float()  # two factors: one alone could leave float32's range
+            self.out.copy_(self.buffer)
 
     def add_exact(self, pairs: Pairs, along: int) -> None:
         """The whole gradient where `exact` is set; `along`: the axis of the logits that is summed."""
@@ -326,9 +334,9 @@ class Gradient:
         kind, own, starts, offset = self.own
         launch(
             _exact_gradient, grid,
-            out=self.out if self.want_features else None,
-            line_sums=self.sums if self.want_bias else None, exact=self.exact, row_weights=rows.weights,
-            column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts, line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
+            out=self.out if self.want_features else None, line_sums=self.sums if self.want_bias else None, exact=self.exact,
+            row_weights=rows.weights, column_weights=columns.weights, row_shifts=rows.shifts, column_shifts=columns.shifts,
+            line_grads=self.lines.gradients, partner_grads=self.others.gradients, line_own=own, line_own_starts=starts,
             power=self.unit.power.float(), line_own_stride=stride(own), line_own_offset=offset, LINE_OWN=kind,
             ALONG=along, EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(pairs.x.dtype),
             **pairs.arguments(0, pairs.x.shape[0]), **chosen,

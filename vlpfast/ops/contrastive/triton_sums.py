@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops._triton import cdiv, grouped, launch, narrow
+from vlpfast.ops._triton import INTERPRETED, cdiv, grouped, launch, narrow
 from vlpfast.ops.contrastive.triton_tiles import kept_pairs, own_kind, precision, products, stride, tile
 
 MAX_EXPONENT = 87.0  # centred exponentials stay below exp of it, as in csrc/contrastive/problem.h
@@ -20,10 +20,32 @@ LOG2E = tl.constexpr(1 / math.log(2))
 
 
 @triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
+def sums(a, b, c, AXIS: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr):
+    """Sums of a, b and c, of the second and third only if TWO and THREE. Made together they need fewer registers."""
+    if INTERPRETED or not (TWO or THREE):
+        return tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS)
+    elif THREE:
+        return tl.reduce((a, b, c), AXIS, _add_three)
+    else:
+        a_sum, b_sum = tl.reduce((a, b), AXIS, _add_two)
+        return a_sum, b_sum, b_sum
+
+
+@triton.jit
 def _sum_tile(
     total, row_partial, column_partial, kept_rows, factor, shift, bias, own, row_ids, column_ids, rows, columns, part, block_row,
     parts, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
-    OWN: tl.constexpr, PRODUCTS: tl.constexpr,
+    OWN: tl.constexpr, PRODUCTS: tl.constexpr, ROUNDED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """E = exp2(factor * total + offset), its sums by row and by column; `part`: which of the `parts` of all columns this is."""
     offset = -shift
@@ -31,7 +53,7 @@ def _sum_tile(
         offset += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
     e = tl.exp2(total * factor + offset * LOG2E)
     kept = kept_pairs(
-        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, EVEN
     )
     e = tl.where(kept, e, 0.0)
     row_at, column_at = row_partial, column_partial
@@ -39,16 +61,19 @@ def _sum_tile(
         row_at = row_partial + part.to(tl.int64) * M + rows
     if column_partial is not None:
         column_at = column_partial + block_row.to(tl.int64) * N + columns
-    if PRODUCTS:  # before the sums of E: the products are not needed after it
-        product = e * total
-        if row_partial is not None:
-            tl.store(row_at + parts.to(tl.int64) * M, tl.sum(product, 1), mask=rows < M)
-        if column_partial is not None:
-            tl.store(column_at + blocks_down.to(tl.int64) * N, tl.sum(product, 0), mask=columns < N)
+    product = e * total
     if row_partial is not None:
-        tl.store(row_at, tl.sum(e, 1), mask=rows < M)
+        row_sums = sums(e, product, narrow(e, tl.bfloat16).to(tl.float32), 1, PRODUCTS, ROUNDED)
+        tl.store(row_at, row_sums[0], mask=rows < M)
+        if PRODUCTS:
+            tl.store(row_at + parts.to(tl.int64) * M, row_sums[1], mask=rows < M)
+        if ROUNDED:
+            tl.store(row_at + 2 * parts.to(tl.int64) * M, row_sums[2], mask=rows < M)
     if column_partial is not None:
-        tl.store(column_at, tl.sum(e, 0), mask=columns < N)
+        column_sums = sums(e, product, product, 0, PRODUCTS, False)
+        tl.store(column_at, column_sums[0], mask=columns < N)
+        if PRODUCTS:
+            tl.store(column_at + blocks_down.to(tl.int64) * N, column_sums[1], mask=columns < N)
     if kept_rows is not None:
         first = kept_rows + block_row.to(tl.int64) * rows.shape[0] * kept_row
         at = first + (tl.arange(0, rows.shape[0])[:, None] * kept_row + columns[None, :])
@@ -60,13 +85,13 @@ def _centred(
     row_partial, column_partial, kept_rows, exact, x, y, scale, bias, shift, own, row_ids, column_ids,
     M, N, D, KEPT, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
     column_ids_stride,
-    OWN: tl.constexpr, PRODUCTS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    OWN: tl.constexpr, PRODUCTS: tl.constexpr, ROUNDED: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of E = exp(S - shift): sums of rows and of columns, itself into the first KEPT rows of `kept_rows`.
 
-    PRODUCTS: the sums of E <x_i, y_j> as well. A wide tile is finished in two halves: whole, E and the products that it is made of
-    need more registers than there are.
+    PRODUCTS: the sums of E <x_i, y_j> as well; ROUNDED: those of E in bfloat16, by row. A wide tile is finished in two halves:
+    whole, E and the products that it is made of need more registers than there are.
     """
     if exact is not None:
         if tl.load(exact) != 0:
@@ -86,20 +111,21 @@ def _centred(
         columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _sum_tile(
             left, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
-            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset,
-            row_ids_stride, column_ids_stride, OWN, PRODUCTS,
+            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride,
+            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
+        columns += BLOCK_N // 2
         _sum_tile(
-            right, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns + BLOCK_N // 2,
+            right, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
             2 * block_column + 1, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride,
-            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS,
+            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
     else:
         columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
         _sum_tile(
             total, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
             block_column, block_row, blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset,
-            row_ids_stride, column_ids_stride, OWN, PRODUCTS,
+            row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
 
 
@@ -112,7 +138,7 @@ def _exact_sums(
 ):  # fmt: skip
     """Sums of E = exp(S - shift) along axis ALONG, the shift being the largest logit there; only where `exact` is set.
 
-    The sums of E <x_i, y_j> follow behind them.
+    The sums of E <x_i, y_j> follow behind them, and the first ones once more where rows have sums of rounded E.
     """
     if tl.load(exact) == 0:
         return
@@ -133,7 +159,7 @@ def _exact_sums(
         if bias is not None:
             s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
         kept = kept_pairs(
-            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, False
         )
         s = tl.where(kept, s, float("-inf"))
         raised = tl.maximum(largest, tl.max(s, ALONG))
@@ -148,6 +174,7 @@ def _exact_sums(
     inside = lines < size
     tl.store(sums + lines, total, mask=inside)
     tl.store(sums + size + lines, product_total, mask=inside)
+    tl.store(sums + 2 * size + lines, total, mask=inside)
     tl.store(shifts + lines, tl.where(largest == float("-inf"), 0.0, largest), mask=inside)
 
 
@@ -179,7 +206,7 @@ class Pairs:
         self, shift: Tensor, begin: int, end: int, kept: Tensor, sum_rows: bool = False, sum_columns: bool = False,
         products: bool = False, exact: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """Sums of exp(S - shift) over rows [begin, end), by tile: [1, blocks of columns, end - begin], [1, blocks of rows, N].
+        """Sums of exp(S - shift) over rows [begin, end), by tile: [3, blocks, end - begin], [3, blocks, N].
 
         With `products` those of exp(S - shift) <x_i, y_j> follow them: [2, ...].
         The first len(kept) rows of the exponentials themselves are written into `kept`; nothing is done where `exact` is set.
@@ -188,18 +215,20 @@ class Pairs:
         m, (n, d) = end - begin, self.y.shape
         blocks = cdiv(m, chosen["BLOCK_M"]), cdiv(n, chosen["BLOCK_N"])
         new = {"dtype": torch.float32}
-        row_partial = self.x.new_empty(1 + products, blocks[1] * (2 if chosen["BLOCK_N"] >= 256 else 1), m, **new) if sum_rows else None
-        column_partial = self.x.new_empty(1 + products, blocks[0], n, **new) if sum_columns else None
+        row_partial = self.x.new_empty(3, blocks[1] * (2 if chosen["BLOCK_N"] >= 256 else 1), m, **new) if sum_rows else None
+        column_partial = self.x.new_empty(3, blocks[0], n, **new) if sum_columns else None
         launch(
             _centred, (blocks[0] * blocks[1],),
             row_partial=row_partial, column_partial=column_partial, kept_rows=kept if kept.shape[0] else None, exact=exact,
             shift=shift, KEPT=kept.shape[0], kept_row=kept.stride(0), **self.arguments(begin, end),
-            PRODUCTS=products, EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
+            PRODUCTS=products, ROUNDED=self.x.dtype == torch.bfloat16,
+            EVEN=m % chosen["BLOCK_M"] == 0 and n % chosen["BLOCK_N"] == 0,
+            EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
         )  # fmt: skip
         return row_partial, column_partial
 
     def exact_sums(self, sums: Tensor, shifts: Tensor, exact: Tensor, along: int) -> None:
-        """Where `exact` is set: `sums` ([2, lines] float64) along axis 1 or 0, each line with its own of `shifts`."""
+        """Where `exact` is set: `sums` ([3, lines] float64) along axis 1 or 0, each line with its own of `shifts`."""
         chosen = tile("pair_exact", self.x)
         m, d = self.x.shape
         grid = (cdiv(m, chosen["BLOCK_M"]) if along else cdiv(self.y.shape[0], chosen["BLOCK_N"]),)

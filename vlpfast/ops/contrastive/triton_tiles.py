@@ -56,12 +56,15 @@ def products(
 @triton.jit
 def kept_pairs(
     rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride,
-    OWN: tl.constexpr,
+    OWN: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N]: whether a pair is one of the matrix and takes part in the sums."""
+    """[BLOCK_M, BLOCK_N] or broadcast to it: whether a pair is one of the matrix (EVEN: all are) and takes part in the sums."""
     inside_rows = rows < M
     inside_columns = columns < N
-    kept = inside_rows[:, None] & inside_columns[None, :]
+    if EVEN:
+        kept = tl.full((1, 1), 1, tl.int1)
+    else:
+        kept = inside_rows[:, None] & inside_columns[None, :]
     if OWN == 1:
         kept = kept & (columns[None, :] != (rows + own_offset)[:, None])
     if OWN == 2:
@@ -111,8 +114,8 @@ def own_logits(
 ) -> tuple[Tensor, Tensor]:
     """The own pairs' logits and their <x_i, y_j>, by row [2, M] and by column [2, N], summed in float64.
 
-    0 for a column that is no row's own; the logit is NaN for a row whose own column is not in [0, N): indices on a GPU are not checked before. Of a column that several rows own,
-    the value is one of theirs.
+    0 for a column that is no row's own, the value of one of them where several own it; the logit is NaN for a row whose own
+    column is not in [0, N): indices on a GPU are not checked beforehand.
     """
     m, n = x.shape[0], y.shape[0]
     out, of_column = x.new_zeros(2, m, dtype=torch.float64), x.new_zeros(2, n, dtype=torch.float64)
