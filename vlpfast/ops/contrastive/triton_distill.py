@@ -97,7 +97,7 @@ def _distilled_sums(
                     PRECISION,
                 )  # fmt: skip
         kept = kept_pairs(
-            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, False
         )
         s -= base
         t = factor_t * (t - base_t)
@@ -236,7 +236,7 @@ def _distilled_weights(
     if bias is not None:
         t += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
     kept = kept_pairs(
-        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, False
     )
     weight = tl.load(weights_t + rows, mask=inside, other=0.0)[:, None]
     p = weight * tl.exp2((tl.where(kept, t, float("-inf")) - tl.load(shifts_t + rows, mask=inside, other=0.0)[:, None]) * LOG2E)

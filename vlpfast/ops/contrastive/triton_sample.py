@@ -104,11 +104,11 @@ def _draw(
         )
         s = tl.where(s == s, s, float("inf"))
         kept = kept_pairs(
-            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+            rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, False
         )
         if UNIFORM:
             summed = kept_pairs(
-                rows, columns, M, N, own, own_stride, own_offset, None, row_ids_stride, column_ids, column_ids_stride, OWN
+                rows, columns, M, N, own, own_stride, own_offset, None, row_ids_stride, column_ids, column_ids_stride, OWN, False
             )
             others = tl.where(summed, s, float("-inf"))
             raised = tl.maximum(shift, tl.max(others, 1))

@@ -48,13 +48,14 @@ def _halves(t):
 def _columns_of_tile(
     total, loss, dots, want_dots: tl.constexpr, column_partial, kept_rows, factor, weight, bias, own, row_ids, column_ids, rows,
     columns, block_row, M, N, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride, OWN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a tile: their losses and their P <x_i, y_j> are added by row, their P is summed by column and stored."""
     s = total * factor
     if bias is not None:
         s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
     kept = kept_pairs(
-        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, EVEN
     )
     # one exponential, never above 1, serves both: neither overflows, and both keep their precision where exp(s) is tiny
     e = tl.exp2(-tl.abs(s) * LOG2E)
@@ -77,7 +78,7 @@ def _columns_of_tile(
 def _softplus(
     loss_partial, dot_partial, column_partial, kept_rows, x, y, scale, bias, own, row_ids, column_ids, weight,
     M, N, D, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
-    OWN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    OWN: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile: the sum of softplus(S); of P = weight * sigmoid(S) the sum of P <x_i, y_j>, the column sums, itself.
@@ -103,13 +104,13 @@ def _softplus(
             loss, dots = _columns_of_tile(
                 part, loss, dots, dot_partial is not None, column_partial, kept_rows, factor, weight, bias, own, row_ids, column_ids,
                 rows, block_column * BLOCK_N + i * QUARTER + tl.arange(0, QUARTER), block_row, M, N, kept_row, bias_stride,
-                own_stride, own_offset, row_ids_stride, column_ids_stride, OWN,
+                own_stride, own_offset, row_ids_stride, column_ids_stride, OWN, EVEN,
             )  # fmt: skip
     else:
         loss, dots = _columns_of_tile(
             total, loss, dots, dot_partial is not None, column_partial, kept_rows, factor, weight, bias, own, row_ids, column_ids,
             rows, block_column * BLOCK_N + tl.arange(0, BLOCK_N), block_row, M, N, kept_row, bias_stride, own_stride, own_offset,
-            row_ids_stride, column_ids_stride, OWN,
+            row_ids_stride, column_ids_stride, OWN, EVEN,
         )  # fmt: skip
     tl.store(loss_partial + tl.program_id(0), tl.sum(loss, 0))
     if dot_partial is not None:
@@ -130,7 +131,8 @@ def _tiles(
     launch(
         _softplus, (blocks[0] * blocks[1],),
         loss_partial=losses, dot_partial=dots, column_partial=columns, kept_rows=kept, weight=weight,
-        kept_row=0 if kept is None else kept.stride(0), **pairs.arguments(begin, end), EVEN_K=d % chosen["BLOCK_K"] == 0,
+        kept_row=0 if kept is None else kept.stride(0), **pairs.arguments(begin, end),
+        EVEN=m % chosen["BLOCK_M"] == 0 and n % chosen["BLOCK_N"] == 0, EVEN_K=d % chosen["BLOCK_K"] == 0,
         PRECISION=precision(pairs.x.dtype), **chosen,
     )  # fmt: skip
     return losses, dots, columns
