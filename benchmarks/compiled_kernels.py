@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from vlpfast.ops import _triton
 from vlpfast.ops._triton import Launch
-from vlpfast.ops.contrastive import triton_pair, triton_softplus
+from vlpfast.ops.contrastive import triton_distill, triton_pair, triton_sample, triton_softplus
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -53,11 +53,33 @@ def pair_softplus(dtype: torch.dtype) -> None:
     triton_softplus.forward(x, y, scale, bias, None, 0, None, None, 1.0, True, True, True, True)
 
 
+def sample_hard_negatives(dtype: torch.dtype, uniform: float) -> None:
+    """One for each row."""
+    x, y = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    triton_sample.sample(x, y, torch.empty((), device="meta"), None, 0, None, None, 1, uniform, seed)
+
+
+def pair_distill(dtype: torch.dtype, need_y: bool) -> None:
+    """A batch of 64 against a queue of 65,536 in one pass, or the whole of a square problem with a gradient for y."""
+    m, n, d = (N, N, D) if need_y else (64, 65536, 256)
+    x, y = (torch.empty(size, d, dtype=dtype, device="meta") for size in (m, n))
+    scale, offset = torch.empty((), device="meta"), 0 if need_y else None
+    problem = x, y, x, None, scale, scale, None, None, offset, None, None
+    student, _, cross, stats, _, stash = triton_distill.forward(*problem, not need_y, 0)
+    if need_y:
+        triton_distill.backward(student, cross, *problem, stats, stash, True, True)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
     "pair_logsumexp, recompute": lambda dtype: pair_logsumexp(dtype, 0),
     "pair_softplus": pair_softplus,
+    "pair_distill, one pass": lambda dtype: pair_distill(dtype, False),
+    "pair_distill, recompute": lambda dtype: pair_distill(dtype, True),
+    "sample_hard_negatives": lambda dtype: sample_hard_negatives(dtype, 0.0),
+    "sample_hard_negatives, uniform part": lambda dtype: sample_hard_negatives(dtype, 1e-4),
 }
 
 
@@ -142,8 +164,10 @@ def variant(launch: Launch) -> str:
     along = {1: " (rows)", 0: " (columns)", None: ""}[launch.arguments.get("ALONG")]
     if "kept_line" in launch.arguments:
         along = " (rows)" if launch.arguments["kept_other"] == 1 else " (columns)"
-    parts = launch.arguments.get("FIRST"), launch.arguments.get("LAST")
-    return along + {(True, False): ", first chunk", (False, False): ", next chunk", (False, True): ", last chunk"}.get(parts, "")
+    parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
+    kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
+    sums = ", summed" if launch.arguments.get("row_partial") is not None else ""
+    return along + sums + kept + {(True, False): ", first chunk", (False, False): ", next chunk"}.get(parts, "")
 
 
 def page(results: dict[str, list[Compiled]]) -> str:

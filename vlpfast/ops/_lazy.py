@@ -11,6 +11,9 @@ import torch
 KERNELS = {
     "pair_fwd_triton": ("contrastive.triton_pair", "forward"),
     "pair_bwd_triton": ("contrastive.triton_pair", "backward"),
+    "sample_hard_negatives_triton": ("contrastive.triton_sample", "sample"),
+    "pair_distill_fwd_triton": ("contrastive.triton_distill", "forward"),
+    "pair_distill_bwd_triton": ("contrastive.triton_distill", "backward"),
     "pair_softplus_triton": ("contrastive.triton_softplus", "forward"),
 }
 

@@ -119,15 +119,16 @@ def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, n
 
 
 # Arguments as pair_fwd's; seed is 0-d int64. The columns drawn for each row, [M, count] int64, -1 where there are too few.
-torch.library.define(
-    "vlpfast::sample_hard_negatives",
+_SAMPLE_HARD_NEGATIVES = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
-    "SymInt count, float uniform, Tensor seed) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    "SymInt count, float uniform, Tensor seed) -> Tensor"
 )
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::sample_hard_negatives{_suffix}", _SAMPLE_HARD_NEGATIVES, tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.register_fake("vlpfast::sample_hard_negatives")
+@torch.library.register_fake("vlpfast::sample_hard_negatives_triton")
 def _(x: Tensor, y: Tensor, scale, own, own_offset, row_ids, column_ids, count, uniform, seed):
     return x.new_empty((x.shape[0], count), dtype=torch.int64)
 
@@ -137,24 +138,24 @@ def _(x: Tensor, y: Tensor, scale, own, own_offset, row_ids, column_ids, count, 
 # d student / d scale and d cross / d scale.
 # `slopes` [2, M, D] ([0, M, D] unless wanted): what y's rows average to under softmax(S) and softmax(T), minus the own row.
 # `stash`: the products, the first min(keep, 2 * M * N) in the kernel's own order; the backward makes the others again.
-torch.library.define(
-    "vlpfast::pair_distill_fwd",
+_PAIR_DISTILL_FWD = (
     "(Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, Tensor? bias_t, "
     "Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, bool want_slopes, SymInt keep) "
-    "-> (Tensor student, Tensor teacher, Tensor cross, Tensor stats, Tensor slopes, Tensor stash)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "-> (Tensor student, Tensor teacher, Tensor cross, Tensor stats, Tensor slopes, Tensor stash)"
 )
 # What is not needed comes back empty; the gradient of scale is in the stats.
-torch.library.define(
-    "vlpfast::pair_distill_bwd",
+_PAIR_DISTILL_BWD = (
     "(Tensor grad_student, Tensor grad_cross, Tensor x, Tensor y, Tensor x_t, Tensor? y_t, Tensor scale, Tensor scale_t, "
     "Tensor? bias_t, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, Tensor stats, Tensor stash, "
-    "bool need_x, bool need_y) -> (Tensor dx, Tensor dy)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "bool need_x, bool need_y) -> (Tensor dx, Tensor dy)"
 )
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::pair_distill_fwd{_suffix}", _PAIR_DISTILL_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::pair_distill_bwd{_suffix}", _PAIR_DISTILL_BWD, tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.register_fake("vlpfast::pair_distill_fwd")
+@torch.library.register_fake("vlpfast::pair_distill_fwd_triton")
 def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep):
     (m, d), n = x.shape, y.shape[0]
     new = {"dtype": accumulate_dtype(x.dtype)}
@@ -169,6 +170,7 @@ def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, r
 
 
 @torch.library.register_fake("vlpfast::pair_distill_bwd")
+@torch.library.register_fake("vlpfast::pair_distill_bwd_triton")
 def _(grad_student, grad_cross, x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
       stats, stash, need_x, need_y):  # fmt: skip
     return x.new_empty((x.shape[0] if need_x else 0, x.shape[1])), y.new_empty((y.shape[0] if need_y else 0, y.shape[1]))

@@ -55,18 +55,18 @@ def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     return _product(x_shape, y_shape) * (1 + (need_x or (need_scale and not need_y)) + need_y)
 
 
-@register_flop_formula(torch.ops.vlpfast.sample_hard_negatives)
+@register_flop_formula([torch.ops.vlpfast.sample_hard_negatives, torch.ops.vlpfast.sample_hard_negatives_triton])
 def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     return _product(x_shape, y_shape)
 
 
-@register_flop_formula(torch.ops.vlpfast.pair_distill_fwd)
+@register_flop_formula([torch.ops.vlpfast.pair_distill_fwd, torch.ops.vlpfast.pair_distill_fwd_triton])
 def _(x_shape, y_shape, x_t_shape, *args, out_shape=None, **kwargs) -> int:
     want_slopes = args[8]
     return _product(x_shape, y_shape) * (1 + 2 * want_slopes) + _product(x_t_shape, y_shape)
 
 
-@register_flop_formula(torch.ops.vlpfast.pair_distill_bwd)
+@register_flop_formula([torch.ops.vlpfast.pair_distill_bwd, torch.ops.vlpfast.pair_distill_bwd_triton])
 def _(grad_student_shape, grad_cross_shape, x_shape, y_shape, x_t_shape, *args, out_shape=None, **kwargs) -> int:
     stash_shape, need_x, need_y = args[9:12]
     pairs = x_shape[0] * y_shape[0]

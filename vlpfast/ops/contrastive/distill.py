@@ -29,7 +29,8 @@ from vlpfast.ops.contrastive._parts import common_dtype, logaddexp, mean, row_do
 from vlpfast.ops.contrastive.losses import Directions
 from vlpfast.ops.contrastive.pair import STASH_BYTES
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
+TRITON_WIDTH = 256  # of features up to which Triton makes the gradient of x in the forward
 
 
 class Distilled(NamedTuple):
@@ -114,7 +115,8 @@ def pair_distill(
 
 
 def _pair_distill(x, y, x_t, y_t, scale, scale_t, own, leave_out, bias_t, stash_bytes) -> Distilled:
-    if backends.choose("pair_distill", KERNELS, x.device) == "reference":
+    backend = backends.choose("pair_distill", KERNELS, x.device, x.dtype)
+    if backend == "reference":
         y_t = y if y_t is None else y_t
         return Distilled(*reference.pair_distill(x, y, x_t, y_t, scale, scale_t, own=own, leave_out=leave_out, bias_t=bias_t))
     own_index, own_offset = (own, None) if isinstance(own, Tensor) else (None, own)
@@ -124,9 +126,11 @@ def _pair_distill(x, y, x_t, y_t, scale, scale_t, own, leave_out, bias_t, stash_
     column_ids = column_ids.view_as(column_ids) if column_ids is not None and column_ids is row_ids else column_ids
     x_t, y_t, scale_t, bias_t = (None if t is None else t.detach() for t in (x_t, y_t, scale_t, bias_t))
     need_x, need_y = (torch.is_grad_enabled() and t.requires_grad for t in (x, y))
-    keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if need_y else 0
+    triton = backend == "triton"  # keeps no products, and makes slopes of narrow features alone
+    in_one_pass = need_x and not need_y and not (triton and max(x.shape[1], x_t.shape[1]) > TRITON_WIDTH)
+    keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if need_y and not triton else 0
     student, teacher, cross, *_ = PairDistill.apply(
-        x, y, x_t, y_t, scale, scale_t, bias_t, own_index, own_offset, row_ids, column_ids, need_x and not need_y, keep
+        backend, x, y, x_t, y_t, scale, scale_t, bias_t, own_index, own_offset, row_ids, column_ids, in_one_pass, keep
     )
     return Distilled(student, teacher, cross)
 
@@ -233,17 +237,18 @@ def _merged(own: Distilled, more: Distilled, own_logits: Tensor, own_logits_t: T
 
 
 class PairDistill(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.pair_distill_fwd (vlpfast/ops/_schemas.py); student, cross have gradients."""
+    """Arguments and results of torch.ops.vlpfast.pair_distill_fwd of one backend; student and cross have gradients."""
 
     @staticmethod
-    def forward(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep):
-        return torch.ops.vlpfast.pair_distill_fwd(
+    def forward(backend, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep):
+        operator = torch.ops.vlpfast.pair_distill_fwd_triton if backend == "triton" else torch.ops.vlpfast.pair_distill_fwd
+        return operator(
             x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.own_offset, row_ids, column_ids, _, _ = inputs
+        ctx.backend, *tensors, ctx.own_offset, row_ids, column_ids, _, _ = inputs
         _, teacher, _, *saved = output  # stats, slopes, stash
         ctx.save_for_backward(*tensors, row_ids, column_ids, *saved)
         ctx.mark_non_differentiable(teacher, *saved)
@@ -255,11 +260,11 @@ class PairDistill(torch.autograd.Function):
         grad_student = stats.new_zeros(x.shape[0]) if grad_student is None else grad_student
         grad_cross = stats.new_zeros(x.shape[0]) if grad_cross is None else grad_cross
         dx, dy, dscale = _Gradient.apply(
-            grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, ctx.own_offset, row_ids, column_ids,
-            stats, slopes, stash, *ctx.needs_input_grad[:2],
+            ctx.backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, ctx.own_offset, row_ids, column_ids,
+            stats, slopes, stash, *ctx.needs_input_grad[1:3],
         )  # fmt: skip
-        need_x, need_y, _, _, need_scale = ctx.needs_input_grad[:5]
-        return dx if need_x else None, dy if need_y else None, None, None, dscale if need_scale else None, *[None] * 8
+        need_x, need_y, _, _, need_scale = ctx.needs_input_grad[1:6]
+        return None, dx if need_x else None, dy if need_y else None, None, None, dscale if need_scale else None, *[None] * 8
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
@@ -275,7 +280,7 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
+    def forward(backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
                 stats, slopes, stash, need_x, need_y):  # fmt: skip
         dscale = (grad_student * stats[4] + grad_cross * stats[5]).sum()
         if slopes.shape[0]:
@@ -283,7 +288,8 @@ class _Gradient(torch.autograd.Function):
             return dx.to(x.dtype), y.new_empty(0), dscale
         if not need_x and not need_y:
             return x.new_empty(0), y.new_empty(0), dscale
-        dx, dy = torch.ops.vlpfast.pair_distill_bwd(
+        operator = torch.ops.vlpfast.pair_distill_bwd_triton if backend == "triton" else torch.ops.vlpfast.pair_distill_bwd
+        dx, dy = operator(
             grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
             stats, stash, need_x, need_y,
         )  # fmt: skip

@@ -18,7 +18,8 @@ from vlpfast.ops.contrastive._checks import (
     same_dtype,
 )
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
+TRITON_COUNT = 64  # the most columns for a row that Triton's kernels draw
 
 
 def sample_hard_negatives(
@@ -48,7 +49,7 @@ def sample_hard_negatives(
             different dtypes the wider is used. Under autocast x and y (float64 apart) are cast to its dtype. No gradient.
         y: [N, D]
         scale: a float >= 0, or a 0-d tensor.
-        count: columns for each row, 1 to N.
+        count: columns for each row, 1 to N; above 64 on a GPU the reference draws, which holds the matrix of logits.
         own: offset (row i's own pair is column i + own; 0 <= own <= N - M), an int64 tensor [M] of columns (one column may be
             the own of several rows), or None: no row has an own pair.
         leave_out: (row_ids [M], column_ids [N]), int64: pairs with equal ids, known duplicates, are not drawn.
@@ -80,11 +81,14 @@ def sample_hard_negatives(
 
 
 def _sample_hard_negatives(x, y, scale, count, own, leave_out, uniform, seed) -> Tensor:
-    if backends.choose("sample_hard_negatives", KERNELS, x.device) == "reference":
+    kernels = {name: device for name, device in KERNELS.items() if name != "triton" or count <= TRITON_COUNT}
+    backend = backends.choose("sample_hard_negatives", kernels, x.device, x.dtype)
+    if backend == "reference":
         return reference.sample_hard_negatives(x, y, scale, count, own=own, leave_out=leave_out, uniform=uniform, seed=seed)
     own_index, own_offset = (own, None) if isinstance(own, Tensor) else (None, own)
     row_ids, column_ids = leave_out if leave_out is not None else (None, None)
-    return torch.ops.vlpfast.sample_hard_negatives(
+    operator = torch.ops.vlpfast.sample_hard_negatives_triton if backend == "triton" else torch.ops.vlpfast.sample_hard_negatives
+    return operator(
         x, y, scale, own_index, own_offset, row_ids, column_ids, count, uniform, seed
     )  # fmt: skip
 

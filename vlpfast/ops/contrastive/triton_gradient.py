@@ -24,7 +24,7 @@ WEIGHT_SCALE = 2.0**40  # how far weights are lifted, so that small ones stay no
 
 
 @triton.jit
-def _times(p, features, total):
+def times(p, features, total):
     """total + p @ features with p in a dtype that the features' product takes."""
     if features.dtype == tl.bfloat16:
         if p.dtype != tl.bfloat16:
@@ -94,12 +94,13 @@ def _centred_gradient(
     partner_grads, own, own_starts, scale, power,
     LINES, OTHERS, PARTNERS, D, KEPT_LINES, KEPT_OTHERS, kept_line, kept_other, feature_row, feature_column,
     partner_row, partner_column, own_stride, own_offset,
-    OWN: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
+    OWN: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others], of which more may come (LAST).
+    """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others].
 
-    Without line_weights what is kept are the weights themselves.
+    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it. Without line_weights
+    what is kept are the weights themselves.
     """
     if exact is not None:
         if tl.load(exact) != 0:
@@ -144,10 +145,10 @@ def _centred_gradient(
                 f = tl.load(feature_at)
             else:
                 f = tl.load(feature_at, mask=(k < OTHERS - start)[:, None] & (d < D)[None, :], other=0.0)
-            total = _times(p, f, total)
+            total = times(p, f, total)
         kept_at += BLOCK_K * kept_other
         feature_at += BLOCK_K * feature_row
-    if LAST:
+    if WHOLE:
         _finish(total, sums, out, line_sums, scale, power, part, lines, d, LINES, D)
     else:
         if PRODUCT:
@@ -212,11 +213,11 @@ def _exact_gradient(
         if ALONG == 1:
             at = y + others.to(tl.int64)[:, None] * y_row + d.to(tl.int64)[None, :] * y_column
             f = tl.load(at, mask=(others < N)[:, None] & (d < D)[None, :], other=0.0)
-            total = _times(p, f, total)
+            total = times(p, f, total)
         else:
             at = x + others.to(tl.int64)[:, None] * x_row + d.to(tl.int64)[None, :] * x_column
             f = tl.load(at, mask=(others < M)[:, None] & (d < D)[None, :], other=0.0)
-            total = _times(tl.trans(p), f, total)
+            total = times(tl.trans(p), f, total)
     if ALONG == 1:
         _finish(total, sums, out, line_sums, scale, power, part, lines, d, M, D)
     else:
@@ -314,8 +315,12 @@ class Gradient:
             D=d, KEPT_LINES=kept.shape[0], KEPT_OTHERS=kept.shape[1], kept_line=kept.stride(0), kept_other=kept.stride(1),
             feature_row=features.stride(0), feature_column=features.stride(1), partner_row=self.others.features.stride(0),
             partner_column=self.others.features.stride(1), own_stride=stride(own), own_offset=offset + lines.start,
-            OWN=kind, FIRST=first, LAST=last, PRODUCT=self.want_features, EVEN=even, **chosen,
+            OWN=kind, FIRST=first, WHOLE=first and last, PRODUCT=self.want_features, EVEN=even, **chosen,
         )  # fmt: skip
+        if last and not first and self.want_features:
+            self.buffer *= self.scale / WEIGHT_SCALE
+            self.buffer *= self.unit.power.float()  # two factors: one alone could leave float32's range
+            self.out.copy_(self.buffer)
 
     def add_exact(self, pairs: Pairs, along: int) -> None:
         """The whole gradient where `exact` is set; `along`: the axis of the logits that is summed."""

@@ -39,37 +39,82 @@ def _log1p(e):
 
 
 @triton.jit
-def _softplus(
-    loss_partial, dot_partial, column_partial, kept_rows, x, y, scale, bias, own, row_ids, column_ids, weight,
-    M, N, D, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
-    OWN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+def _halves(t):
+    """[M, N] as its left and right half."""
+    return tl.split(tl.permute(tl.reshape(t, (t.shape[0], 2, t.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _columns_of_tile(
+    total, loss, dots, want_dots: tl.constexpr, column_partial, kept_rows, factor, weight, bias, own, row_ids, column_ids, rows,
+    columns, block_row, M, N, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride, OWN: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A tile: the sum of softplus(S); of P = weight * sigmoid(S) the sum of P <x_i, y_j>, the column sums, itself."""
-    block_row, block_column = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
-    rows = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = products(x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION)
-    s = total * tl.load(scale)
+    """Some columns of a tile: their losses and their P <x_i, y_j> are added by row, their P is summed by column and stored."""
+    s = total * factor
     if bias is not None:
         s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
     kept = kept_pairs(
-        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN
+        rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, EVEN
     )
     # one exponential, never above 1, serves both: neither overflows, and both keep their precision where exp(s) is tiny
     e = tl.exp2(-tl.abs(s) * LOG2E)
-    loss = tl.where(kept, tl.where(s > 0, s, 0.0) + _log1p(e), 0.0)
-    tl.store(loss_partial + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
-    if dot_partial is not None or column_partial is not None or kept_rows is not None:
+    loss += tl.sum(tl.where(kept, tl.where(s > 0, s, 0.0) + _log1p(e), 0.0), 1)
+    if want_dots or column_partial is not None or kept_rows is not None:
         larger = weight / (1.0 + e)  # of sigmoid(s) and sigmoid(-s)
         p = tl.where(kept, tl.where(s > 0, larger, larger * e), 0.0)
-        if dot_partial is not None:
-            tl.store(dot_partial + tl.program_id(0), tl.sum(tl.sum(p * total, 1), 0))
+        if want_dots:
+            dots += tl.sum(p * total, 1)
         if column_partial is not None:
             tl.store(column_partial + block_row.to(tl.int64) * N + columns, tl.sum(p, 0), mask=columns < N)
         if kept_rows is not None:
-            at = kept_rows + rows.to(tl.int64)[:, None] * kept_row + columns[None, :]
+            first = kept_rows + block_row.to(tl.int64) * rows.shape[0] * kept_row
+            at = first + (tl.arange(0, rows.shape[0])[:, None] * kept_row + columns[None, :])
             tl.store(at, narrow(p, kept_rows.dtype.element_ty), mask=(rows < M)[:, None] & (columns < kept_row)[None, :])
+    return loss, dots
+
+
+@triton.jit
+def _softplus(
+    loss_partial, dot_partial, column_partial, kept_rows, x, y, scale, bias, own, row_ids, column_ids, weight,
+    M, N, D, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
+    OWN: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile: the sum of softplus(S); of P = weight * sigmoid(S) the sum of P <x_i, y_j>, the column sums, itself.
+
+    A wide tile is finished a quarter at a time: whole, the logits and what is made of them need more registers than there are.
+    """
+    block_row, block_column = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    rows = block_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    total = products(
+        x, y, rows, block_column * BLOCK_N + tl.arange(0, BLOCK_N), M, N, D, x_row, x_column, y_row, y_column,
+        BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
+    )  # fmt: skip
+    factor = tl.load(scale)
+    loss = tl.zeros((BLOCK_M,), tl.float32)
+    dots = tl.zeros((BLOCK_M,), tl.float32)
+    if BLOCK_N >= 128:
+        left, right = _halves(total)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        QUARTER: tl.constexpr = BLOCK_N // 4
+        for i in tl.static_range(4):
+            part = a if i == 0 else b if i == 1 else c if i == 2 else d
+            loss, dots = _columns_of_tile(
+                part, loss, dots, dot_partial is not None, column_partial, kept_rows, factor, weight, bias, own, row_ids, column_ids,
+                rows, block_column * BLOCK_N + i * QUARTER + tl.arange(0, QUARTER), block_row, M, N, kept_row, bias_stride,
+                own_stride, own_offset, row_ids_stride, column_ids_stride, OWN, EVEN,
+            )  # fmt: skip
+    else:
+        loss, dots = _columns_of_tile(
+            total, loss, dots, dot_partial is not None, column_partial, kept_rows, factor, weight, bias, own, row_ids, column_ids,
+            rows, block_column * BLOCK_N + tl.arange(0, BLOCK_N), block_row, M, N, kept_row, bias_stride, own_stride, own_offset,
+            row_ids_stride, column_ids_stride, OWN, EVEN,
+        )  # fmt: skip
+    tl.store(loss_partial + tl.program_id(0), tl.sum(loss, 0))
+    if dot_partial is not None:
+        tl.store(dot_partial + tl.program_id(0), tl.sum(dots, 0))
 
 
 def _tiles(
@@ -86,7 +131,8 @@ def _tiles(
     launch(
         _softplus, (blocks[0] * blocks[1],),
         loss_partial=losses, dot_partial=dots, column_partial=columns, kept_rows=kept, weight=weight,
-        kept_row=0 if kept is None else kept.stride(0), **pairs.arguments(begin, end), EVEN_K=d % chosen["BLOCK_K"] == 0,
+        kept_row=0 if kept is None else kept.stride(0), **pairs.arguments(begin, end),
+        EVEN=m % chosen["BLOCK_M"] == 0 and n % chosen["BLOCK_N"] == 0, EVEN_K=d % chosen["BLOCK_K"] == 0,
         PRECISION=precision(pairs.x.dtype), **chosen,
     )  # fmt: skip
     return losses, dots, columns
@@ -131,9 +177,7 @@ def forward(
 
     dtype, (_, width) = stash_dtype("triton", x.dtype), stash_shape(m, n, 0)
     product = (need_x or need_y) and x.shape[1] > 0
-    bytes_of_a_row = max(
-        width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0
-    )
+    bytes_of_a_row = max(width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0)
     pieces = list(chunks(0, m, bytes_of_a_row, WORKSPACE_BYTES)) or [(0, 0)]
     workspace = x.new_empty(pieces[0][1], width, dtype=dtype) if product else None
     for i, (begin, end) in enumerate(pieces):
