@@ -259,6 +259,21 @@ def test_the_exact_form_is_taken_when_sums_underflow_and_only_then() -> None:
         assert bool(exact) == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_exact_form_over_several_blocks(dtype: torch.dtype) -> None:
+    """The long vectors come last, so that maxima rise from block to block."""
+    arguments = long_vectors(100, 16)
+    x, y = (arguments[name].flip(0).to(DEVICE, dtype) for name in ("x", "y"))
+    inputs = [x[20:], y, arguments["scale"].to(DEVICE), torch.linspace(-1, 1, 100, device=DEVICE)]
+    assert torch.ops.vlpfast.pair_fwd_triton(*inputs, None, 20, None, None, True, True, True, 0)[4]
+
+    def function(x, y, scale, bias):
+        return weighted(pair_logsumexp(x, y, scale, own=20, bias=bias))
+
+    for found, exact in zip(value_and_gradients(function, *inputs), exact_values(function, *inputs), strict=True):
+        assert relative_error(found, exact) < (8e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", range(4))
 def test_numbers_that_are_none_reach_the_result(where: int, value: float) -> None:
@@ -396,6 +411,6 @@ def test_the_main_kernel_compiles_to_tensor_core_instructions_without_spills(chi
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {k["kernel"] for k in kernels} == {"centred", "centred_gradient (rows)", "centred_gradient (columns)"}
+    assert {k["kernel"] for k in kernels} == {"centred, summed, kept", "centred_gradient (rows)", "centred_gradient (columns)"}
     for k in kernels:
         assert k["spills"] == 0 and k["registers"] <= 255 and k["instructions"][instruction] > 0
