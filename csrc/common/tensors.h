@@ -21,6 +21,10 @@
 #include <type_traits>
 #include <vector>
 
+// MKL's own, null where torch has no MKL: how many threads the calling thread's products may take; returns the last such
+// number (0: as many as the process's).
+extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+
 namespace vlpfast {
 
 using torch::headeronly::ScalarType;
@@ -161,11 +165,15 @@ void product(View<T> out, View<const T> a, View<const T> b, int64_t m, int64_t n
                                         torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalarType<T>);
     };
     const Tensor c = tensor({out.data, out.row, out.column}, m, n), left = tensor(a, m, k), right = tensor(b, k, n);
+    // Inside a parallel region MKL takes one thread, but cuts k for as many as it might have had.
+    const int before = MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0;
     if (accumulate) {
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(c.get(), c.get(), left.get(), right.get(), 1.0, 1.0));
     } else {
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(c.get(), left.get(), right.get()));
     }
+    if (MKL_Set_Num_Threads_Local)
+        MKL_Set_Num_Threads_Local(before);
 }
 
 } // namespace vlpfast
