@@ -25,6 +25,8 @@ namespace {
 
 // Up to kFewRows rows the columns are cut into at most kParts ranges of at least kLeastColumns.
 constexpr int64_t kFewRows = 256, kParts = 16, kLeastColumns = 256;
+// With so many rows and fewer, y is read once for each product as it is.
+constexpr int64_t kUnpackedRows = 16;
 
 // f(part, begin, length) for the ranges of columns; a single one leaves the threads to the strips within its tiles.
 template <class F> void each_range(const Parts& ranges, const F& f) {
@@ -55,7 +57,7 @@ void sum_range(const Problem<T>& p, View<const T> x, int64_t i0, int64_t m, int6
     const Parts tiles(count, kColumns);
     for (int64_t J = 0; J < tiles.count; ++J) {
         const int64_t j0 = from + tiles.begin(J), n = tiles.length(J);
-        y_columns.set(p.y.rows(j0, n, y_copy).transposed(), p.D(), n);
+        y_columns.set(p.y.rows(j0, n, y_copy).transposed(), p.D(), n, m > kUnpackedRows);
         T* const kept = stash.tile(i0, m, j0, n, p.N());
         if (kept)
             kept_end = kept + m * n - stash.data;
@@ -75,20 +77,6 @@ void sum_range(const Problem<T>& p, View<const T> x, int64_t i0, int64_t m, int6
         });
     }
 }
-
-// The gradients' common part: P = dLoss / dS = diag(a) E without the own pairs, unit times smaller.
-template <class T> struct Weights {
-    double unit;
-    std::vector<T> a, own; // [M], of the own pairs
-
-    Weights(const Problem<T>& p, const std::vector<T>& g, const Sums<T>& rows)
-        : unit(weight_unit(g, {})), a(p.M()), own(p.own_column.size()) {
-        for (int64_t i = 0; i < p.M(); ++i)
-            a[i] = rows.sum[i] == 0 ? T(0) : static_cast<T>(g[i] / unit / rows.sum[i]);
-        for (size_t i = 0; i < own.size(); ++i)
-            own[i] = static_cast<T>(-g[i] / unit);
-    }
-};
 
 } // namespace
 
@@ -136,7 +124,14 @@ Backward rows_only_backward(const Problem<T>& p, const Tensor& grad_rows, const 
                             const Stash<const T>& stash, ScalarType x_dtype, ScalarType y_dtype, bool need_x,
                             bool need_y, bool need_scale, bool need_bias) {
     const int64_t M = p.M(), N = p.N(), D = p.D();
-    const Weights<T> w(p, read_vector<T>(grad_rows, M), rows);
+    const std::vector<T> g = read_vector<T>(grad_rows, M);
+    const double unit = weight_unit(g, {});
+    // diag(a) E is unit times smaller than dLoss / dS, and so is `own`, dLoss / dS of the own pairs
+    std::vector<T> a(M), own(p.own_column.size());
+    for (int64_t i = 0; i < M; ++i)
+        a[i] = rows.sum[i] == 0 ? T(0) : static_cast<T>(g[i] / unit / rows.sum[i]);
+    for (size_t i = 0; i < own.size(); ++i)
+        own[i] = static_cast<T>(-g[i] / unit);
     const Tensor dx = empty({need_x ? M : 0, D}, x_dtype), dy = empty({need_y ? N : 0, D}, y_dtype);
     const bool scale_by_y = need_scale && !need_x && need_y, make_gx = need_x || (need_scale && !scale_by_y);
     std::vector<double> dots(scale_by_y ? N : M, 0.0), bias_sum(N, 0.0);
@@ -154,7 +149,7 @@ Backward rows_only_backward(const Problem<T>& p, const Tensor& grad_rows, const 
             T* const weighted = x_weighted.get(m * D);
             parallel_for(0, m, 64, [&](int64_t from, int64_t to) {
                 for (int64_t r = from; r < to; ++r)
-                    scale_row(x.data + r * x.row, D, w.a[i0 + r], weighted + r * D);
+                    scale_row(x.data + r * x.row, D, a[i0 + r], weighted + r * D);
             });
             x_rows.set({weighted, D, 1}, m, D);
         }
@@ -172,9 +167,9 @@ Backward rows_only_backward(const Problem<T>& p, const Tensor& grad_rows, const 
                 const View<T> tile{scratch.get(m * (n + kPad)), n + kPad, 1};
                 const T* const kept = stash.tile(i0, m, j0, n, N);
                 if (partial)
-                    y_rows.set(y, n, D);
+                    y_rows.set(y, n, D, m > kUnpackedRows);
                 if (!kept)
-                    y_columns.set(y.transposed(), D, n);
+                    y_columns.set(y.transposed(), D, n, m > kUnpackedRows);
                 T* const strip_sums = need_bias ? sums_buffer.get(strips(m).count * n) : nullptr;
                 strips(m).each([&](int64_t strip, int64_t begin, int64_t length) {
                     T* const sums = strip_sums ? strip_sums + strip * n : nullptr;
@@ -190,7 +185,7 @@ Backward rows_only_backward(const Problem<T>& p, const Tensor& grad_rows, const 
                         exponentiate(e, kept ? kept + r * n : e, n, rows.shift[i]);
                         refine(p, e, n, i, j0, rows.shift[i], rows.sum[i], [](double) {});
                         if (sums)
-                            add_scaled(sums, e, n, w.a[i]);
+                            add_scaled(sums, e, n, a[i]);
                     }
                     if (partial)
                         y_rows.product({partial + begin * D, D, 1}, tile.from(begin).read(), length, true);
@@ -213,19 +208,19 @@ Backward rows_only_backward(const Problem<T>& p, const Tensor& grad_rows, const 
                 T* const out = gx + r * D;
                 for (int64_t k = 1; k < ranges.count; ++k)
                     add_scaled(out, gx + (k * m + r) * D, D, T(1));
-                scale_row(out, D, w.a[i], out);
-                if (!w.own.empty())
-                    add_scaled(out, p.y.row(p.own_column[i], y_row.data()), D, w.own[i]);
+                scale_row(out, D, a[i], out);
+                if (!own.empty())
+                    add_scaled(out, p.y.row(p.own_column[i], y_row.data()), D, own[i]);
                 if (!scale_by_y)
                     dots[i] = dot(x.data + r * x.row, out, D);
                 if (need_x)
-                    store(out, D, w.unit * p.scale, dx, i * D);
+                    store(out, D, unit * p.scale, dx, i * D);
             }
         });
     }
     if (gy)
-        finish_columns(p, gy, w.own, w.unit, dy, scale_by_y ? dots.data() : nullptr);
-    return {dx, dy, scale_gradient<T>(dots, w.unit, need_scale), bias_gradient(p, bias_sum, w.own, w.unit, need_bias)};
+        finish_columns(p, gy, own, unit, dy, scale_by_y ? dots.data() : nullptr);
+    return {dx, dy, scale_gradient<T>(dots, unit, need_scale), bias_gradient(p, bias_sum, own, unit, need_bias)};
 }
 
 template Forward rows_only_forward(const Problem<float>&, int64_t);

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 # Logits S = scale * x @ y.T (+ bias), x [M, D], y [N, D]; own pair of row i: column own[i], or i + own_offset, or none.
-# `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts; `exact`: whether the shifts differ.
-# `stash`: exp(S - shift), the first min(keep, M * N) in the kernel's own order; the backward makes the others again.
+# `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts (nothing for what is not wanted);
+# `exact`: whether the shifts differ. `stash`: exp(S - shift), the first min(keep, M * N) in the kernel's own order; the backward
+# makes the others again. Where rows alone are wanted each has its own shift, `exact` is true, and the stash holds S itself.
 torch.library.define(
     "vlpfast::pair_fwd",
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
