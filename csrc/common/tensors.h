@@ -21,8 +21,8 @@
 #include <type_traits>
 #include <vector>
 
-// MKL's own, null where torch has no MKL: how many threads the calling thread's products may take; returns the last such
-// number (0: as many as the process's).
+// MKL's own, null where torch has no MKL: how many threads the calling thread's products may take; returns the last
+// such number (0: as many as the process's).
 extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
 
 namespace vlpfast {

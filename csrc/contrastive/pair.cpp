@@ -15,8 +15,8 @@
 // The partition into tiles and strips depends on the shape alone, and partial sums are added in a fixed order: the
 // number of threads changes no bit of any result.
 
-#include "common/panels.h"
 #include "contrastive/pair.h"
+#include "common/panels.h"
 
 namespace vlpfast::contrastive {
 namespace {

@@ -45,8 +45,8 @@ template <class T> std::vector<double> own_logits(const Problem<T>& p) {
     return own;
 }
 
-// gy [N, D] = P^T x without the own pairs, whose gradients `own` are added. Becomes unit * scale times that in dy; where
-// `dots` [N] is wanted, <y, gy>.
+// gy [N, D] = P^T x without the own pairs, whose gradients `own` are added. Becomes unit * scale times that in dy;
+// where `dots` [N] is wanted, <y, gy>.
 template <class T>
 void finish_columns(const Problem<T>& p, T* gy, const std::vector<T>& own, double unit, const Tensor& dy,
                     double* dots) {
