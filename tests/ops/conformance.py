@@ -193,6 +193,16 @@ PAIR_CASES: dict[str, Callable[[], Arguments]] = {
     "some rows left out wholly": lambda: pairs(9, 12, 6, leave_out=(torch.arange(9) // 5, torch.zeros(12, dtype=torch.long))),
     "rows": lambda: pairs(20, 33, 6, directions="rows", bias=bias(33)),
     "rows, one column for all": lambda: pairs(20, 33, 6, directions="rows", own=torch.full((20,), 4)),
+    "rows, few of them": lambda: pairs(
+        5, 1100, 6, directions="rows", own=permutation(5, 1100), bias=bias(1100), leave_out=ids(5, 1100, 7)
+    ),
+    "rows, two tiles of them": lambda: pairs(2049, 3, 5, directions="rows", own=None),
+    "rows, no column": lambda: pairs(5, 0, 4, directions="rows", own=None),
+    "rows, none": lambda: pairs(0, 5, 4, directions="rows", bias=bias(5)),
+    "rows, width 0": lambda: pairs(3, 700, 0, directions="rows", bias=bias(700)),
+    "rows, strided": lambda: strided(20, 533, 6) | {"directions": "rows"},
+    "rows, expanded": lambda: expanded(20, 533, 6) | {"directions": "rows"},
+    "rows, long vectors": lambda: tall(long_vectors(40, 16), "y") | {"directions": "rows", "leave_out": ids(40, 2400, 9)},
     "cols": lambda: pairs(20, 33, 6, directions="cols", bias=bias(33)),
     # bias and scale
     "bias": lambda: pairs(20, 33, 6, bias=bias(33)),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 # Logits S = scale * x @ y.T (+ bias), x [M, D], y [N, D]; own pair of row i: column own[i], or i + own_offset, or none.
-# `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts; `exact`: whether the shifts differ.
-# `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the others again. In pair_fwd the first
-# min(keep, M * N) in the kernel's own order, in the accumulating dtype; in pair_fwd_triton rows: `stash_shape`, `stash_dtype`.
+# `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts (in pair_fwd nothing for what is not
+# wanted); `exact`: whether the shifts differ. `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the
+# others again. In pair_fwd the first min(keep, M * N) in the kernel's own order, in the accumulating dtype; where rows alone are
+# wanted each has its own shift, `exact` is true, and the stash holds S itself. In pair_fwd_triton rows: `stash_shape`, `stash_dtype`.
 _PAIR_FWD = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
     "bool want_rows, bool want_columns, SymInt keep) "

@@ -38,7 +38,7 @@ def linear_cross_entropy(
 
     Args:
         h: [..., D]; see `pair_logsumexp` (h and weight are its x and y) for dtypes, autocast and stash_bytes. Within it (4 GiB)
-            the forward keeps its exponentials, float32 [kept tokens, V]; `stash_bytes=0` keeps nothing of the kind and costs one
+            the forward keeps its logits, float32 [kept tokens, V]; `stash_bytes=0` keeps nothing of the kind and costs one
             product more, four in place of three.
         weight: [V, D], V >= 1, any strides: tied embeddings as they are.
         labels: [...] int64, in [0, V) or `ignore_index`.
