@@ -96,9 +96,13 @@ template <class T> class Matrix {
                               [](auto*) {}); // raises here on another dtype: nothing may be thrown in parallel_for
     }
 
+    // Whether row() gives the tensor's own memory: then row i + 1 lies stride() after row i.
+    bool in_place() const { return dtype_ == kScalarType<T> && column_ == 1; }
+    int64_t stride() const { return row_; }
+
     // Rows [begin, begin + rows): the tensor's own memory where a product can read it, else a copy in `scratch`.
     View<const T> rows(int64_t begin, int64_t rows, Buffer<T>& scratch) const {
-        if (dtype_ == kScalarType<T> && column_ == 1)
+        if (in_place())
             return {static_cast<const T*>(data_) + begin * row_, row_, 1};
         T* copy = scratch.get(rows * width);
         parallel_for(0, rows, 64, [&](int64_t from, int64_t to) {
@@ -110,7 +114,7 @@ template <class T> class Matrix {
 
     // Row i, dense, with consecutive elements.
     const T* row(int64_t i, T* scratch) const {
-        if (dtype_ == kScalarType<T> && column_ == 1)
+        if (in_place())
             return static_cast<const T*>(data_) + i * row_;
         read_row(i, scratch);
         return scratch;
