@@ -94,7 +94,7 @@ def test_random_shapes(seed: int) -> None:
     while True:
         m, n, p, t = (min(rng.randint(1, 200), rng.randint(1, 200), rng.randint(1, 200)) for _ in range(4))
         d = rng.choice([1, 15, 16, 17, 64, 513, rng.randint(1, 512)])
-        if m * n * p * t * d < 2e7:
+        if m * n * p * t * d < 4e6:
             break
     pairs = rng.choice(["all", "all", "aligned", "own"])
     x = torch.randn(m, p, d, generator=generator)
@@ -202,7 +202,7 @@ def test_normalize(dtype: torch.dtype, backend: str) -> None:
         expected_gradients = torch.autograd.grad(total, leaves)
     tolerance = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
     for f, e in zip(scores, expected, strict=True):
-        assert relative_error(f, e) <= tolerance
+        assert relative_error(f, e.detach()) <= tolerance
     assert not dx[1, 2].any() and not dy[2, 3].any()
     for f, e in zip((dx, dy), expected_gradients, strict=True):
         e = torch.where((x if f is dx else y).any(-1, keepdim=True), e, 0)
@@ -227,7 +227,7 @@ def test_nan_reaches_its_pairs_and_no_others(where: str, backend: str) -> None:
                     assert line.isnan().all()
                     others[(3,) if where == "x" else (slice(None), 3)] = torch.nan
                 torch.testing.assert_close(f, others, rtol=1e-6, atol=1e-7, equal_nan=True)
-            assert reaches == (dx[3] if where == "x" else dy[3]).isnan().any()
+            assert reaches == (dy if where == "x" else dx).isnan().any()
 
 
 def test_infinite_products() -> None:
@@ -321,8 +321,7 @@ import sys, torch
 sys.path[:0] = ["tests/ops"]
 from conformance import MAXSIM_CASES, OPS, compare
 for case in MAXSIM_CASES:
-    for op in ("maxsim, stash", "maxsim, recompute"):
-        compare(OPS[op], "cpp", torch.float32, case)
+    compare(OPS["maxsim, stash"], "cpp", torch.float32, case)
 x = torch.zeros(2, 40, 3)
 x[0, 37, 1] = torch.nan
 from vlpfast.ops.maxsim import maxsim
@@ -419,7 +418,8 @@ def test_transforms_and_what_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(loss, (x,), (x,))
     with backends.use("reference"):
-        assert torch.autograd.gradgradcheck(lambda x, y: maxsim(x, y, mask(3, 5)), (leaf, y.clone().requires_grad_()))
+        inputs = leaf[:2, :2].detach().requires_grad_(), y[:2, :3].clone().requires_grad_()
+        assert torch.autograd.gradgradcheck(lambda x, y: maxsim(x, y, normalize=True), inputs)
 
 
 @needs_library
@@ -435,14 +435,16 @@ def test_backward_twice_and_inference_mode() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_casts_tokens_alone(backend: str) -> None:
     x, y = (t.float() for t in token_sets((3, 5, 4), (4, 6, 4)).values())
-    expected = on(backend, x.bfloat16(), y.bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        found = on(backend, x, y)
-        doubles = on(backend, x.double(), y.double())
-        unit = on(backend, 2 * x, 2 * y, normalize=True)
-    assert equal(found[:2], expected[:2]) and equal(found[2:], [t.float() for t in expected[2:]])
-    assert all(t.dtype == torch.float32 for t in found) and all(t.dtype == torch.float64 for t in doubles)
-    assert equal(unit[:2], on(backend, F.normalize(x, dim=-1).bfloat16(), F.normalize(y, dim=-1).bfloat16())[:2])
+    leaves = [x.requires_grad_(), y.requires_grad_()]
+    with backends.use(backend):
+        expected = sum(s.square().sum() for s in maxsim(x.bfloat16(), y.bfloat16()))
+        unit = maxsim(F.normalize(x, dim=-1).bfloat16(), F.normalize(y, dim=-1).bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            found = sum(s.square().sum() for s in maxsim(x, y))
+            doubles = maxsim(x.double(), y.double())
+            assert equal(list(maxsim(2 * x, 2 * y, normalize=True)), list(unit))
+    assert torch.equal(found, expected) and found.dtype == torch.float32 and doubles[0].dtype == torch.float64
+    assert equal(list(torch.autograd.grad(found, leaves)), list(torch.autograd.grad(expected, leaves)))
 
 
 def test_two_dtypes_meet_in_the_wider() -> None:
@@ -458,8 +460,9 @@ def test_two_dtypes_meet_in_the_wider() -> None:
         assert dx.dtype == first and dy.dtype == second
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"), [*(pytest.param("cpp", d, marks=needs_library) for d in (False, True)), ("reference", False)]
+)
 def test_compiles_without_a_break(backend: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     both, packed = masked_sets(), packed_sets()
@@ -482,20 +485,19 @@ def test_compiles_without_a_break(backend: str, dynamic: bool) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("candidates", [None, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype, candidates: int | None) -> None:
+@pytest.mark.parametrize(("candidates", "dtype"), [(None, torch.bfloat16), (2, torch.float32)])
+def test_opcheck(candidates: int | None, dtype: torch.dtype) -> None:
     x, y = (t.to(dtype) for t in token_sets((40, 4), (71, 4)).values())
     starts = torch.tensor([0, 3, 3, 40]), torch.tensor([0, 0, 13, 14, 50, 51, 71])
-    for want, longest in (((True, True), (37, 300)), ((False, True), (300, 70_000))):
-        for keep, masks in ((True, (mask(40), None)), (False, (None, mask(71)))):
-            sets = (x, y, *starts, *masks, *longest, candidates)
-            torch.library.opcheck(torch.ops.vlpfast.maxsim_fwd, (*sets, *want, True, False, keep))
-            *scores, y_of_x, x_of_y = torch.ops.vlpfast.maxsim_fwd(*sets, *want, True, False, keep)
-            gradients = [torch.ones_like(s) if wanted else None for s, wanted in zip(scores, want, strict=True)]
-            for needed in ((True, True), (False, True)):
-                arguments = (*gradients, *sets, True, False, y_of_x, x_of_y, *needed)
-                torch.library.opcheck(torch.ops.vlpfast.maxsim_bwd, arguments)
+    for want, longest, keep, masks, needed in (
+        ((True, True), (37, 300), True, (mask(40), None), (True, True)),
+        ((False, True), (300, 70_000), False, (None, mask(71)), (False, True)),
+    ):
+        sets = (x, y, *starts, *masks, *longest, candidates)
+        torch.library.opcheck(torch.ops.vlpfast.maxsim_fwd, (*sets, *want, True, False, keep))
+        *scores, y_of_x, x_of_y = torch.ops.vlpfast.maxsim_fwd(*sets, *want, True, False, keep)
+        gradients = [torch.ones_like(s) if wanted else None for s, wanted in zip(scores, want, strict=True)]
+        torch.library.opcheck(torch.ops.vlpfast.maxsim_bwd, (*gradients, *sets, True, False, y_of_x, x_of_y, *needed))
 
 
 def test_meta_tensors_take_shape_only() -> None:
