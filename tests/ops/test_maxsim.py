@@ -212,10 +212,11 @@ def test_normalize(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["x", "y"])
 def test_nan_reaches_its_pairs_and_no_others(where: str, backend: str) -> None:
-    both = masked_sets()
+    both = token_sets((5, 70, 8), (6, 50, 8), x_mask=mask(5, 70, share=0.9), y_mask=mask(6, 50, share=0.9, seed=2))
     both |= {name: both[name].float() for name in ("x", "y")}
-    both["x_mask"][:, 35], both["y_mask"][:, 25] = True, True
-    for place, reaches in ((35 if where == "x" else 25, True), (both[f"{where}_mask"][3].logical_not().nonzero()[0], False)):
+    both["x_mask"][:, 1::66], both["y_mask"][:, 1::46] = True, True  # the second token and the last but two, of all sets
+    masked = both[f"{where}_mask"][3].logical_not().nonzero()[0]
+    for place, reaches in ((1, True), (67 if where == "x" else 47, True), (masked, False)):
         bad = both | {where: both[where].clone()}
         bad[where][3, place, 5] = torch.nan
         for options in ({}, {"masked": "zero"}, {"directions": "x_to_y"}, {"directions": "y_to_x"}):
