@@ -14,6 +14,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <tuple>
 
 namespace vlpfast::maxsim {
@@ -21,16 +22,16 @@ namespace {
 
 constexpr int64_t kWinnerBytes = 16 << 20; // of winners that the backward finds again at once
 
-// The widest kernel of this processor, at most that of the variable by which torch chooses its own.
+// The widest kernel of this processor, at most what the variable names by which torch chooses its own.
 template <class T> const Kernel<T>& kernel_here() {
     if constexpr (std::is_same_v<T, float>) {
         static const Kernel<float>* const found = [] {
-            const char* const limit = std::getenv("ATEN_CPU_CAPABILITY");
-            const auto allowed = [&](const char* name) { return !limit || std::strcmp(limit, name) == 0; };
-            const Kernel<float>*wide = avx512_kernel(), *narrow = avx2_kernel();
-            if (wide && (allowed("avx512") || (limit && std::strncmp(limit, "avx512", 6) == 0)))
-                return wide;
-            return narrow && !(limit && std::strcmp(limit, "default") == 0) ? narrow : portable_kernel<float>();
+            const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
+            const std::string_view limit = variable ? variable : "";
+            const Kernel<float>* widest = limit == "default" || limit == "avx2" ? nullptr : avx512_kernel();
+            if (!widest && limit != "default")
+                widest = avx2_kernel();
+            return widest ? widest : portable_kernel<float>();
         }();
         return *found;
     } else {

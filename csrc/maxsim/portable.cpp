@@ -71,7 +71,7 @@ template <class T> struct Portable {
 
 template <class T> const Kernel<T>* portable_kernel() {
     using L = Portable<T>;
-    static constexpr Kernel<T> kernel{"DEFAULT", L::width, L::width * L::most, run<L>};
+    static constexpr Kernel<T> kernel{L::width, L::width * L::most, run<L>};
     return &kernel;
 }
 template const Kernel<float>* portable_kernel();
