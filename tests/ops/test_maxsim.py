@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from conformance import mask, masked_sets, packed_sets, relative_error, token_sets
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlpfast.ops import backends
 from vlpfast.ops.flops import FlopCounterMode
@@ -472,7 +473,8 @@ def test_compiles_without_a_break(backend: str, dynamic: bool) -> None:
 
     def function(x: Tensor, y: Tensor, packed_x: Tensor, packed_y: Tensor) -> Tensor:
         a, b = maxsim(x, y, x_mask, y_mask, masked="zero", normalize=True)
-        c = maxsim(x, x, pairs="aligned", directions="x_to_y", reduction="sum")
+        start = packed["x_cu_seqlens"]
+        c = maxsim(packed_x, packed_x, x_cu_seqlens=start, y_cu_seqlens=start, pairs="aligned", directions="x_to_y")
         d, e = maxsim(packed_x, packed_y, **packed)
         return a.sum() + b.square().sum() + c.sum() + d.sum() + e.sum()
 
@@ -501,12 +503,20 @@ def test_opcheck(candidates: int | None, dtype: torch.dtype) -> None:
         torch.library.opcheck(torch.ops.vlpfast.maxsim_bwd, (*gradients, *sets, True, False, y_of_x, x_of_y, *needed))
 
 
-def test_meta_tensors_take_shape_only() -> None:
+def test_meta_and_fake_tensors_take_shape_only() -> None:
     x, y = torch.empty(7, 5, 3, device="meta"), torch.empty(9, 6, 3, device="meta", dtype=torch.bfloat16)
     scores = maxsim(x, y)
     assert all(s.shape == (7, 9) and s.is_meta and s.dtype == torch.float32 for s in scores)
     packed = maxsim(x[0], y, x_cu_seqlens=torch.empty(4, device="meta", dtype=torch.int32), directions="y_to_x")
     assert packed.shape == (3, 9)
+    with FakeTensorMode():
+        x, y, start = torch.empty(7, 5, 3), torch.empty(20, 3, requires_grad=True), torch.empty(4, dtype=torch.int64)
+        scores = maxsim(x, y, torch.ones(7, 5, dtype=torch.bool), y_cu_seqlens=start, reduction="sum")
+        assert [s.shape for s in scores] == [(7, 3), (7, 3)]
+        (gradient,) = torch.autograd.grad(scores[0].sum() + scores[1].sum(), y)
+        assert gradient.shape == y.shape
+        with pytest.raises(ValueError, match="x_mask: expected shape"):
+            maxsim(x, y, torch.ones(7, 4, dtype=torch.bool), y_cu_seqlens=start)
 
 
 @needs_library
