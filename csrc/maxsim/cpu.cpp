@@ -198,6 +198,9 @@ template <class T>
 Backward backward(const Problem<T>& p, const std::optional<Tensor>& grad_x_to_y,
                   const std::optional<Tensor>& grad_y_to_x, int64_t x_longest, int64_t y_longest, const Tensor& y_of_x,
                   const Tensor& x_of_y, ScalarType x_dtype, ScalarType y_dtype, bool need_x, bool need_y) {
+    STD_TORCH_CHECK(y_of_x.size(1) == p.x.tokens.count && y_of_x.scalar_type() == index_type(y_longest) &&
+                        x_of_y.size(1) == p.y.tokens.count && x_of_y.scalar_type() == index_type(x_longest),
+                    "expected the winners that the forward made of the same tokens");
     const Scores<T> by_x(grad_x_to_y), by_y(grad_y_to_x);
     const Gradient<T> dx(need_x, p.x.tokens, x_dtype), dy(need_y, p.y.tokens, y_dtype);
     const auto add = [&](const Output<T>& winners) {

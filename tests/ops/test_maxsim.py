@@ -629,3 +629,9 @@ def test_the_kernel_checks_what_only_it_can_see() -> None:
     with pytest.raises(RuntimeError, match="differ in width"):
         arguments = (X[0], Y[0, :, :2], torch.tensor([0, 5]), torch.tensor([0, 6]), None, None, 5, 6, None)
         torch.ops.vlpfast.maxsim_fwd(*arguments, True, True, True, False, True)
+    starts = torch.tensor([0, 5]), torch.tensor([0, 6])
+    for y_of_x in (torch.zeros(1, 4, dtype=torch.uint8), torch.zeros(1, 5, dtype=torch.int32)):
+        winners = y_of_x, torch.zeros(0, 6, dtype=torch.uint8)
+        with pytest.raises(RuntimeError, match="expected the winners that the forward made of the same tokens"):
+            arguments = (torch.ones(1, 1), None, X[0], Y[0], *starts, None, None, 5, 6, None, True, False)
+            torch.ops.vlpfast.maxsim_bwd(*arguments, *winners, True, True)
