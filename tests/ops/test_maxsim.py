@@ -118,12 +118,13 @@ def test_random_shapes(seed: int) -> None:
         assert relative_error(f, e) <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ties_go_to_the_lowest_index(backend: str) -> None:
-    x, y = torch.ones(2, 70, 3), torch.ones(2, 40, 3)
+def test_ties_go_to_the_lowest_index(backend: str, dtype: torch.dtype) -> None:
+    x, y = torch.ones(2, 70, 3, dtype=dtype), torch.ones(2, 40, 3, dtype=dtype)
     y[1, :13] = 0.5  # of set 1 the tokens from 13 on are equally near, of x all
     *_, dx, dy = on(backend, x, y, reduction="sum")
-    weights = torch.linspace(0.5, 1.5, 4).reshape(2, 2)
+    weights = torch.linspace(0.5, 1.5, 4, dtype=dtype).reshape(2, 2)
     expected_dx, expected_dy = torch.zeros_like(x), torch.zeros_like(y)
     expected_dx += weights.sum(1)[:, None, None]  # x to y: every token of x, its winner a token of ones
     expected_dy[0, 0] += 70 * weights[:, 0].sum()
@@ -143,6 +144,7 @@ def test_a_zero_of_a_masked_token_wins_and_gets_nothing(backend: str) -> None:
     assert score.item() == 6.0 and dx.flatten().tolist() == [0, 0, -1.0] and dy.flatten().tolist() == [0, 0, -1.5]
     for y, y_keep, winner in (
         ([5.0, 0.0, -5.0], [False, True, True], None),  # 0 and 0: the lower index wins, here the masked token
+        ([5.0, 0.0, 5.0], [False, True, False], None),
         ([-5.0, 0.0, 5.0], [True, True, False], 1),
     ):
         arguments = {"y_mask": torch.tensor([y_keep]), "masked": "zero", "directions": "x_to_y"}
@@ -321,13 +323,12 @@ def test_one_direction_gives_the_bits_of_both() -> None:
 SETS_CHECK = """
 import sys, torch
 sys.path[:0] = ["tests/ops"]
-from conformance import MAXSIM_CASES, OPS, compare
-for case in MAXSIM_CASES:
-    compare(OPS["maxsim, stash"], "cpp", torch.float32, case)
-x = torch.zeros(2, 40, 3)
-x[0, 37, 1] = torch.nan
-from vlpfast.ops.maxsim import maxsim
-print([t.isnan().tolist() for t in maxsim(x, torch.ones(1, 30, 3))])
+import conformance, test_maxsim
+for case in conformance.MAXSIM_CASES:
+    conformance.compare(conformance.OPS["maxsim, stash"], "cpp", torch.float32, case)
+test_maxsim.test_ties_go_to_the_lowest_index("cpp", torch.float32)
+for where in ("x", "y"):
+    test_maxsim.test_nan_reaches_its_pairs_and_no_others(where, "cpp")
 """
 
 
@@ -338,7 +339,7 @@ def test_other_instruction_sets(instructions: str) -> None:
     environment = os.environ | {"ATEN_CPU_CAPABILITY": instructions}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", SETS_CHECK], capture_output=True, text=True, cwd=root, env=environment)
-    assert done.stdout.strip() == "[[[True], [False]], [[True], [False]]]", done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 @needs_library
