@@ -8,6 +8,8 @@ Subjects, and the product of matrices that is their unit:
     clip       InfoNCE in both directions, N pairs of width D: [N, D] x [D, N]; "vlpfast, stash" is the default plan
                (stash_bytes = 4 GiB), "recompute" is stash_bytes = 0
     sigmoid    SigLIP's loss, likewise
+    queue      ALBEF's loss with momentum features, a queue and soft targets: [N, D] x [D, QUEUE], both directions
+    tokens     cross-entropy of a language model's head: [N, D] x [D, VOCABULARY]
 How time, memory and errors are taken is told in benchmarks/_measure.py.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import _measure
 import torch
@@ -22,7 +25,8 @@ import torch.nn.functional as F
 from _measure import Formulation, Inputs, Size, Subject
 from torch import Tensor
 
-from vlpfast.ops.contrastive import clip_loss, sigmoid_loss
+from vlpfast.ops.contrastive import clip_loss, distilled_contrastive_loss, sigmoid_loss
+from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 
 
 def half_trained(n: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -111,8 +115,98 @@ def sigmoid_formulations(device: str) -> dict[str, Formulation]:
     return found
 
 
+# --- queue and soft targets -------------------------------------------------------------------------------------------
+
+ALPHA = 0.4
+
+
+def queue_inputs(size: Size, dtype: torch.dtype, device: str) -> Inputs:
+    """Features of a batch, of its momentum copies, and two queues: row-major for vlpfast, [D, QUEUE] as ALBEF keeps them."""
+    n, d = size["n"], size["d"]
+    x, y = half_trained(n, d)
+    x_t, y_t = (F.normalize(t + 0.3 * F.normalize(torch.randn_like(t), dim=1), dim=1) for t in (x, y))
+    found = {"x": x, "y": y, "x_t": x_t, "y_t": y_t}
+    found["x_queue"], found["y_queue"] = half_trained(size["queue"], d, seed=1)
+    found |= {f"{name}_columns": found[name].T.contiguous() for name in ("x_queue", "y_queue")}
+    found = {name: t.to(device, dtype) for name, t in found.items()}
+    found["x"].requires_grad_()
+    found["y"].requires_grad_()
+    return found | {"scale": torch.tensor(CLIP_SCALE, device=device, requires_grad=True)}
+
+
+def fused_queue(x, y, x_t, y_t, x_queue, y_queue, scale, **other: Any) -> Tensor:
+    return distilled_contrastive_loss(x, y, x_t, y_t, scale, ALPHA, row_negatives=y_queue, col_negatives=x_queue)
+
+
+def albef(x, y, x_t, y_t, x_queue_columns, y_queue_columns, scale, **other: Any) -> Tensor:
+    """As ALBEF writes it: batch and queue put together, four matrices of logits, targets as matrices."""
+    with torch.no_grad():
+        x_all = torch.cat([x_t.T, x_queue_columns], 1)  # [D, N + QUEUE]
+        y_all = torch.cat([y_t.T, y_queue_columns], 1)
+        hard = torch.zeros(len(x), x_all.shape[1], device=x.device, dtype=x.dtype).fill_diagonal_(1)
+        x_targets = ALPHA * F.softmax(scale * x_t @ y_all, 1) + (1 - ALPHA) * hard
+        y_targets = ALPHA * F.softmax(scale * y_t @ x_all, 1) + (1 - ALPHA) * hard
+    x_loss = -(F.log_softmax(scale * x @ y_all, 1) * x_targets).sum(1).mean()
+    y_loss = -(F.log_softmax(scale * y @ x_all, 1) * y_targets).sum(1).mean()
+    return (x_loss + y_loss) / 2
+
+
+def queue_formulations(device: str) -> dict[str, Formulation]:
+    found = {"vlpfast": Formulation(fused_queue, 6), "albef": Formulation(albef, 6)}
+    if device == "cuda":
+        found["albef, compiled"] = Formulation(torch.compile(albef), 6)
+    return found
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def token_inputs(size: Size, dtype: torch.dtype, device: str) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(size["n"], size["d"], generator=generator)
+    weight = torch.randn(size["vocabulary"], size["d"], generator=generator) / size["d"] ** 0.5
+    labels = torch.randint(size["vocabulary"], (size["n"],), generator=generator)
+    return {
+        "h": h.to(device, dtype).requires_grad_(),
+        "weight": weight.to(device, dtype).requires_grad_(),
+        "labels": labels.to(device),
+    }
+
+
+def logits_and_loss(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, weight), labels)
+
+
+def token_formulations(device: str) -> dict[str, Formulation]:
+    found = {
+        "vlpfast, stash": Formulation(linear_cross_entropy, 3),
+        "vlpfast, recompute": Formulation(lambda h, weight, labels: linear_cross_entropy(h, weight, labels, stash_bytes=0), 4),
+        "logits": Formulation(logits_and_loss, 3),
+    }
+    if device == "cuda":
+        found["logits, compiled"] = Formulation(torch.compile(logits_and_loss), 3)
+        if find_spec("cut_cross_entropy"):
+            from cut_cross_entropy import linear_cross_entropy as cut
+
+            found["cut-cross-entropy"] = Formulation(lambda h, weight, labels: cut(h, weight, labels, filter_eps=None), 4)
+        if find_spec("liger_kernel"):
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            liger = LigerFusedLinearCrossEntropyLoss()
+            found["liger-kernel"] = Formulation(lambda h, weight, labels: liger(weight, h, labels), 3)
+    return found
+
+
 def square(*n: int) -> tuple[Size, ...]:
     return tuple({"n": number, "d": 512} for number in n)
+
+
+def queue(n: int, length: int, d: int) -> tuple[Size, ...]:
+    return ({"n": n, "queue": length, "d": d},)
+
+
+def tokens(n: int, vocabulary: int, d: int) -> tuple[Size, ...]:
+    return ({"n": n, "vocabulary": vocabulary, "d": d},)
 
 
 SUBJECTS = {
@@ -134,6 +228,36 @@ SUBJECTS = {
         product("x", "y"),
         "products",
         lambda size: 2 * size["n"] ** 2 * size["d"],
+        3,
+    ),
+    "queue": Subject(
+        "albef",
+        queue_inputs,
+        queue_formulations,
+        {
+            "cpu": queue(64, 65536, 256),
+            "cuda": queue(64, 65536, 256),
+            "quick": queue(64, 4096, 256),
+            "small": queue(33, 1021, 256),
+        },
+        product("x", "y_queue"),
+        "products",
+        lambda size: 2 * size["n"] * size["queue"] * size["d"],
+        6,
+    ),
+    "tokens": Subject(
+        "logits",
+        token_inputs,
+        token_formulations,
+        {
+            "cpu": tokens(2048, 32000, 768),
+            "cuda": tokens(8192, 32000, 4096),
+            "quick": tokens(256, 4000, 256),
+            "small": tokens(100, 1000, 256),
+        },
+        product("h", "weight"),
+        "products",
+        lambda size: 2 * size["n"] * size["vocabulary"] * size["d"],
         3,
     ),
 }

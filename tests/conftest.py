@@ -6,6 +6,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run here, slowly
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,8 @@ namespace vlpfast {
 // it; elsewhere it is the matrix itself, and the products are torch's.
 template <class T> class Panels {
   public:
-    // Reads b; outside of parallel_for. `b` must stay as it is as long as products are made.
+    // Reads b; in parallel outside of parallel_for, on one thread inside. `b` must stay as it is as long as products
+    // are made.
     void set(View<const T> b, int64_t k, int64_t n);
 
     // out [m, n] = a [m, k] @ b, added to what `out` holds if `accumulate`; inside parallel_for, one part of the work

@@ -23,23 +23,6 @@
 namespace vlpfast::contrastive {
 namespace {
 
-// Gradient weights are scaled by this (and by the largest incoming gradient), so that neither tiny gradients nor sums
-// near either end of the range leave float's normal numbers; the final factor takes it out again. A power of two: no
-// rounding.
-constexpr double kWeightScale = 0x1p40;
-
-// The exponentials that are kept: tile after tile, each dense and row-major, the first tiles that have room in it.
-template <class T> struct Stash {
-    T* data;
-    int64_t size;
-
-    // The place of the m x n tile at row i0 and column j0 of N columns; null: it has none.
-    T* tile(int64_t i0, int64_t m, int64_t j0, int64_t n, int64_t N) const {
-        const int64_t begin = i0 * N + j0 * m;
-        return begin + m * n <= size ? data + begin : nullptr;
-    }
-};
-
 // The limits above which terms are refined, of sums that may get more terms; none for an axis that was not asked for.
 template <class T> T limit_of(double sum, bool wanted) {
     return wanted ? static_cast<T>(kRefinedShare * sum) : std::numeric_limits<T>::infinity();
@@ -85,7 +68,7 @@ void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& r
                 for (int64_t r = begin; r < begin + length; ++r) {
                     double& sum = rows.sum[i0 + r];
                     p.refine(tile.data + r * tile.row, n, i0 + r, j0, shift, limit_of<T>(sum, p.want_rows),
-                             limits.data(), [&](int64_t j, double difference) {
+                             limits.data(), [&](int64_t j, double difference, double) {
                                  sum += difference;
                                  sums[j] += static_cast<T>(difference);
                              });
@@ -204,12 +187,7 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
     const int64_t M = p.M(), N = p.N(), D = p.D();
     const std::vector<T> g = p.want_rows ? read_vector<T>(grad_rows, M) : std::vector<T>(M, T(0));
     const std::vector<T> h = p.want_columns ? read_vector<T>(grad_columns, N) : std::vector<T>(N, T(0));
-    double largest = 0;
-    for (const auto* grads : {&g, &h}) {
-        for (const T v : *grads)
-            largest = std::max(largest, std::abs(static_cast<double>(v)));
-    }
-    const double unit = (largest > 0 && std::isfinite(largest) ? std::exp2(std::ilogb(largest)) : 1.0) / kWeightScale;
+    const double unit = weight_unit(g, h);
     // E (a_i + b_j) is unit times smaller than dLoss / dS
     const auto weights = [unit](const std::vector<T>& grad, const std::vector<double>& sum) {
         std::vector<T> out(grad.size());
@@ -268,7 +246,7 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
                         if (!kept) {
                             p.exponentials(s, n, i, j0, offset);
                             p.refine(s, n, i, j0, shift, limit_of<T>(rows.sum[i], p.want_rows), limits.data(),
-                                     [](int64_t, double) {});
+                                     [](int64_t, double, double) {});
                         }
                         weigh(s, kept ? kept + r * n : s, n, a[i], b.data() + j0);
                     }

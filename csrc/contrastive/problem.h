@@ -120,10 +120,11 @@ template <class T> struct Problem {
         leave_out(s, n, i, begin, -std::numeric_limits<T>::infinity());
     }
     // Makes those centred exponentials of row i that are above `limit` or `limits[j]` again from a product in double,
-    // and tells changed(j, by how much). A float product is off by some 1e-7, times the scale: that shows where a sum
-    // is one term, and averages out where it is many.
+    // and tells changed(j, by how much, the product). A float product is off by some 1e-7, times the scale: that shows
+    // where a sum is one term, and averages out where it is many.
     template <class F>
-    void refine(T* e, int64_t n, int64_t i, int64_t begin, T shift, T limit, const T* limits, const F& changed) const {
+    void refine(T* e, int64_t n, int64_t i, int64_t begin, double shift, T limit, const T* limits,
+                const F& changed) const {
         if constexpr (std::is_same_v<T, float>) {
             constexpr int64_t kBlock = 128;
             std::vector<T> x_copy, y_copy;
@@ -138,8 +139,8 @@ template <class T> struct Problem {
                     if (!(e[j] > limit || e[j] > limits[j]))
                         continue;
                     const double product = dot(x_row, y.row(begin + j, y_copy.data()), D());
-                    const double exact = std::exp(scale * product + bias[begin + j] - static_cast<double>(shift));
-                    changed(j, exact - e[j]);
+                    const double exact = std::exp(scale * product + bias[begin + j] - shift);
+                    changed(j, exact - e[j], product);
                     e[j] = static_cast<T>(exact);
                 }
             }
@@ -150,6 +151,33 @@ template <class T> struct Problem {
         for (T& b : out)
             b -= shift;
         return out;
+    }
+};
+
+// Gradient weights are scaled by this (and by the largest incoming gradient), so that neither tiny gradients nor sums
+// near either end of the range leave float's normal numbers; the final factor takes it out again. A power of two: no
+// rounding.
+constexpr double kWeightScale = 0x1p40;
+
+// The unit of gradient weights beside these incoming gradients.
+template <class T> double weight_unit(const std::vector<T>& first, const std::vector<T>& second) {
+    double largest = 0;
+    for (const auto* grads : {&first, &second}) {
+        for (const T v : *grads)
+            largest = std::max(largest, std::abs(static_cast<double>(v)));
+    }
+    return (largest > 0 && std::isfinite(largest) ? std::exp2(std::ilogb(largest)) : 1.0) / kWeightScale;
+}
+
+// What is kept of a matrix with N columns: tile after tile, each dense and row-major, the first tiles that have room.
+template <class T> struct Stash {
+    T* data;
+    int64_t size;
+
+    // The place of the m x n tile at row i0 and column j0 of N columns; null: it has none.
+    T* tile(int64_t i0, int64_t m, int64_t j0, int64_t n, int64_t N) const {
+        const int64_t begin = i0 * N + j0 * m;
+        return begin + m * n <= size ? data + begin : nullptr;
     }
 };
 

@@ -20,10 +20,6 @@
 namespace vlpfast::contrastive {
 namespace {
 
-// Gradient weights are scaled by this, so that tiny sigmoids stay normal numbers in products with features; the final
-// factor takes it out again. A power of two: no rounding.
-constexpr double kWeightScale = 0x1p40;
-
 // loss, dx, dy, dscale, dbias; gradients that are not needed are empty
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 

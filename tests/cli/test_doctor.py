@@ -53,6 +53,18 @@ def test_a_wrong_back_end_is_an_error(checks: list[selfcheck.Check], capsys: pyt
     assert doctor.main(["--json"]) == 1
 
 
+def test_an_operator_that_a_back_end_does_not_have(checks: list[selfcheck.Check], capsys: pytest.CaptureFixture[str]) -> None:
+    checks.append(selfcheck.Check("pair_softplus", "triton", None, True, "pair_softplus has no triton kernel"))
+    assert doctor.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if "pair_softplus" in line] == [
+        ["pair_softplus", "triton", "absent", "pair_softplus", "has", "no", "triton", "kernel"]
+    ]
+    assert lines[-1] == "all 1 checks are right"
+    assert doctor.main(["--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["checks"][1]["dtype"] is None
+
+
 def test_tables_on_a_terminal(checks: list[selfcheck.Check], monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(doctor, "Console", lambda: Console(file=screen, force_terminal=True, width=200, color_system="standard"))

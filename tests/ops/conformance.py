@@ -77,7 +77,7 @@ def relative_error(found: Tensor, expected: Tensor, floor: float = 1e-300) -> fl
 
 
 def compare(op: Op, backend: str, dtype: torch.dtype, case: str) -> None:
-    arguments = convert(op, op.cases[case](), dtype, op.kernels.get(backend, "cpu"))
+    arguments = convert(op, op.cases[case](), dtype, backends.device_type(backend))
     results, gradients = run(op, backend, arguments)
     expected, expected_gradients = run(op, "reference", convert(op, arguments, torch.float64, "cpu"))
     slack = 10 if backend == "reference" else 1  # dense sums in float32 are less exact
@@ -232,7 +232,7 @@ def with_budget(function: Callable[..., Any], stash_bytes: int) -> Callable[...,
 
 OPS = {
     f"{function.__name__}, {plan}": Op(
-        with_budget(function, budget), contrastive.KERNELS, ("x", "y"), ("scale", "bias"), cases, logarithms
+        with_budget(function, budget), contrastive.pair.KERNELS, ("x", "y"), ("scale", "bias"), cases, logarithms
     )
     for function, cases, logarithms in (
         (contrastive.pair_logsumexp, PAIR_CASES, True),
@@ -265,6 +265,83 @@ OPS |= {
     "pair_softplus": Op(contrastive.pair_softplus, contrastive.softplus.KERNELS, ("x", "y"), ("scale", "bias"), SOFTPLUS_CASES),
     "sigmoid_loss": Op(contrastive.sigmoid_loss, contrastive.softplus.KERNELS, ("x", "y"), ("scale", "bias"), SIGMOID_CASES),
 }
+
+
+# --- a student and a teacher ------------------------------------------------------------------------------------------
+
+
+def with_teacher(arguments: Arguments) -> Arguments:
+    """The teacher's features are the student's and some noise; its scale is 0.7 of the student's, a bias is its own."""
+    generator = torch.Generator().manual_seed(3)
+    for name in ("x", "y"):
+        t = arguments[name]
+        noise = torch.randn(t.shape, generator=generator, dtype=t.dtype) / max(1, t.shape[1]) ** 0.5
+        arguments |= {f"{name}_t": arguments.get(f"{name}_t", t + 0.3 * noise)}
+    if "bias" in arguments:
+        arguments["bias_t"] = arguments.pop("bias")
+    return {"scale_t": 0.7 * arguments["scale"]} | arguments
+
+
+def other_layout(arguments: Arguments, other: Arguments) -> Arguments:
+    return arguments | {"x_t": other["x"].flip(0) if other["x"].is_contiguous() else other["x"], "y_t": other["y"]}
+
+
+DISTILL_CASES: dict[str, Callable[[], Arguments]] = {
+    name: lambda case=case: with_teacher(case()) for name, case in SOFTPLUS_CASES.items() if "negative_weight" not in case()
+} | {
+    "strided": lambda: with_teacher(other_layout(strided(20, 33, 6), strided(20, 33, 6))),
+    "expanded": lambda: with_teacher(other_layout(expanded(20, 33, 6), expanded(20, 33, 6))),
+    "teacher's scale 0": lambda: with_teacher(pairs(20, 33, 6)) | {"scale_t": 0.0},
+    "teacher's scale 100, an int": lambda: with_teacher(pairs(20, 33, 6)) | {"scale_t": 100},
+    "teacher's bias leaves columns out": lambda: with_teacher(
+        pairs(20, 33, 6, own=None, bias=torch.where(torch.arange(33) % 3 > 0, -torch.inf, 0.0))
+    ),
+    "strips and tiles, index": lambda: with_teacher(pairs(131, 1100, 7, own=permutation(131, 1100), leave_out=ids(131, 1100, 9))),
+    "two blocks": lambda: with_teacher(pairs(530, 70, 7, own=permutation(530, 530) % 70, bias=bias(70))),
+    "several tiles to a part": lambda: with_teacher(pairs(3, 16400, 3, own=16390)),
+}
+
+
+def distill_in_one_pass(y: Tensor, y_t: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    """Keys without a gradient, the same for student and teacher."""
+    y = y.detach()
+    return contrastive.pair_distill(y=y, y_t=y, **arguments)
+
+
+def distill_shared(y: Tensor, y_t: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    return contrastive.pair_distill(y=y, y_t=y, **arguments)
+
+
+OPS |= {
+    name: Op(function, contrastive.distill.KERNELS, ("x", "y", "x_t", "y_t"), ("scale", "scale_t", "bias_t"), DISTILL_CASES, True)
+    for name, function in (
+        ("pair_distill, stash", contrastive.pair_distill),
+        ("pair_distill, recompute", with_budget(contrastive.pair_distill, 0)),
+        ("pair_distill, one y", with_budget(distill_shared, 1000)),
+        ("pair_distill, one pass", distill_in_one_pass),
+    )
+}
+
+
+def distilled(n: int, d: int, queue: int, **more: Any) -> Arguments:
+    queues = features(queue, queue, d, seed=5)
+    return with_teacher(pairs(n, n, d, **more)) | {
+        "alpha": 0.4, "row_negatives": queues["x"], "col_negatives": queues["y"],
+    }  # fmt: skip
+
+
+DISTILLED_CASES: dict[str, Callable[[], Arguments]] = {
+    "momentum, queue": lambda: distilled(30, 12, 70),
+    "live, queue": lambda: distilled(30, 12, 70) | {"keys": "live"},
+    "live": lambda: with_teacher(pairs(30, 30, 12)) | {"keys": "live", "alpha": 1.0},
+    "one pair, queue of one": lambda: distilled(1, 3, 1),
+    "nothing": lambda: distilled(0, 3, 5),
+    "scale 100, near-zero loss": lambda: distilled(200, 64, 300, noise=0.2, scale=100.0) | {"alpha": 0.0},
+}
+OPS["distilled_contrastive_loss"] = Op(
+    contrastive.distilled_contrastive_loss, contrastive.distill.KERNELS,
+    ("x", "y", "x_t", "y_t", "row_negatives", "col_negatives"), ("scale",), DISTILLED_CASES,
+)  # fmt: skip
 
 
 # --- late interaction -------------------------------------------------------------------------------------------------

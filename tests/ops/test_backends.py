@@ -102,7 +102,7 @@ def test_a_checkout_without_the_library_says_so_once_and_works(tmp_path: Path) -
 
 def test_the_import_is_light() -> None:
     script = (
-        "import sys, vlpfast, vlpfast.ops.contrastive\n"
+        "import sys, vlpfast, vlpfast.ops.contrastive, vlpfast.ops.linear_cross_entropy\n"
         "print([m for m in ('triton', 'transformers', 'nvidia.dali', 'omegaconf') if m in sys.modules])"
     )
     assert python(script).stdout.strip() == "[]"
@@ -120,8 +120,21 @@ def test_the_library_keeps_to_the_stable_abi() -> None:
 def test_the_selfcheck_passes_here() -> None:
     checks = selfcheck.check()
     there = [name for name, reason in backends.available().items() if not reason]
-    assert {(c.op, c.backend) for c in checks} == {(op, name) for op in selfcheck._CASES for name in there}
+    assert {(c.op, c.backend) for c in checks if c.dtype is not None} == {
+        (op, name) for op, (_, kernels) in selfcheck._CASES.items() for name in there if name in ("reference", *kernels)
+    }
     assert all(check.ok for check in checks), checks
+
+
+def test_a_backend_without_an_operator_is_absent_for_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, _ = selfcheck._CASES["sigmoid_loss"]
+    monkeypatch.setitem(selfcheck._CASES, "sigmoid_loss", (case, {}))
+    checks = selfcheck.check()
+    absent = [check for check in checks if check.dtype is None]
+    there = [name for name, reason in backends.available().items() if not reason and name != "reference"]
+    assert absent == [selfcheck.Check("sigmoid_loss", name, None, True, f"sigmoid_loss has no {name} kernel") for name in there]
+    assert all(check.ok for check in checks)
+    assert {c.backend for c in checks if c.op == "sigmoid_loss" and c.dtype is not None} == {"reference"}
 
 
 @needs_library

@@ -865,7 +865,7 @@ WRONG: dict[str, tuple[type[Exception], Callable[[], Tensor]]] = {
         TypeError,
         lambda: local_global_loss(ONES, torch.ones(4, 2, 3), 1.0, torch.ones(4, 2).long()),
     ),
-    "scale: expected a finite number >= 0, got -1": (ValueError, lambda: group_contrastive_loss(ONES, ONES, -1, 2)),
+    "scale: expected a number > 0, got -1": (ValueError, lambda: group_contrastive_loss(ONES, ONES, -1, 2)),
 }
 
 

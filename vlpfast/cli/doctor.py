@@ -72,7 +72,7 @@ def examine() -> dict[str, Any]:
     """Everything that is shown, as JSON values."""
     checks = [asdict(check) for check in selfcheck.check()]
     for check in checks:
-        check["dtype"] = str(check["dtype"]).removeprefix("torch.")
+        check["dtype"] = check["dtype"] and str(check["dtype"]).removeprefix("torch.")
     return {
         "vlpfast": vlpfast.__version__,
         "machine": machine(),
@@ -151,9 +151,11 @@ def show(report: dict[str, Any]) -> None:
     section("packages", ["package", "version", "for"], packages)
     section("native libraries", ["library", "there", "why not"], [(n, *state(r)) for n, r in report["libraries"].items()])
     section("operator back ends", ["back end", "there", "why not"], [(n, *state(r)) for n, r in report["backends"].items()])
-    checks = [(c["op"], c["backend"], c["dtype"], "right" if c["ok"] else "WRONG", c["detail"]) for c in report["checks"]]
-    section("operators against their reference", ["operator", "back end", "dtype", "result", "detail"], checks)
-    wrong = sum(not check["ok"] for check in report["checks"])
+    made = [c for c in report["checks"] if c["dtype"]]
+    absent = [(c["op"], c["backend"], "", "absent", c["detail"]) for c in report["checks"] if not c["dtype"]]
+    checks = [(c["op"], c["backend"], c["dtype"], "right" if c["ok"] else "WRONG", c["detail"]) for c in made]
+    section("operators against their reference", ["operator", "back end", "dtype", "result", "detail"], checks + absent)
+    wrong = sum(not check["ok"] for check in made)
     print(f"{wrong} of {len(checks)} checks are WRONG" if wrong else f"all {len(checks)} checks are right")
 
 

@@ -6,6 +6,9 @@ whole process by the environment (`VLPFAST_BACKEND=reference`), or for a few lin
 
     with backends.use("reference"):
         loss = clip_loss(image, text, scale)
+
+Triton's kernels take float32, bfloat16 and float16; float64 on a GPU is the reference's. Under TRITON_INTERPRET=1 (set before
+triton is first imported) they run on the CPU too, slowly and only where they are forced: for tests.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from vlpfast.ops import _library
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 _forced: str | None = os.environ.get("VLPFAST_BACKEND") or None
-_told: set[str] = set()
+_told: set[tuple[str, torch.dtype | None]] = set()
 
 
 def available() -> dict[str, str]:
@@ -43,23 +46,52 @@ def use(name: str | None) -> Iterator[None]:
         _forced = before
 
 
-def choose(op: str, kernels: Mapping[str, str], device: torch.device) -> str:
-    """The backend for one call of `op`, whose kernels beside `reference` are {backend: device type}, fastest first."""
+def choose(op: str, kernels: Mapping[str, str], device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend for one call of `op`, whose kernels beside `reference` are {backend: device type}, fastest first.
+
+    dtype: of the features, for operators that some backend may not take in every dtype.
+    """
     if _forced is not None:
         _require(_forced)
-        if _forced != "reference" and kernels.get(_forced) != device.type:
+        if not takes(_forced, dtype):
+            raise RuntimeError(
+                f"backend {_forced!r} is forced, but it has no kernels for {dtype}; the reference backend has them"
+            )
+        if _forced != "reference" and device.type not in _devices(_forced, kernels):
             has = ", ".join(["reference", *(f"{name} ({kind})" for name, kind in kernels.items())])
             raise RuntimeError(
                 f"backend {_forced!r} is forced, but {op} has no such kernel for {device.type} tensors; it has {has}"
             )
         return _forced
     for name, kind in kernels.items():
-        if kind == device.type and not _missing(name):
+        if kind == device.type and not _missing(name) and takes(name, dtype):
             return name
-    if device.type not in ("cpu", "meta") and not torch.compiler.is_compiling() and op not in _told:
-        _told.add(op)
-        warnings.warn(f"{op} has no kernel for {device.type} tensors here: the slow `reference` backend is used", stacklevel=4)
+    if device.type not in ("cpu", "meta") and not torch.compiler.is_compiling() and (op, dtype) not in _told:
+        _told.add((op, dtype))
+        what = f"{dtype} tensors on {device.type}" if dtype == torch.float64 else f"{device.type} tensors"
+        warnings.warn(f"{op} has no kernel for {what} here: the slow `reference` backend is used", stacklevel=4)
     return "reference"
+
+
+def takes(name: str, dtype: torch.dtype | None) -> bool:
+    """Whether a backend has kernels for features of `dtype`; None is any."""
+    return name != "triton" or dtype != torch.float64
+
+
+def device_type(name: str) -> str:
+    """Where a backend that is available runs here."""
+    return "cuda" if name == "cuda" or (name == "triton" and torch.cuda.is_available()) else "cpu"
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels are to run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
+
+
+def _devices(name: str, kernels: Mapping[str, str]) -> tuple[str, ...]:
+    if name not in kernels:
+        return ()
+    return (kernels[name], "cpu") if name == "triton" and interpreted() else (kernels[name],)
 
 
 def _require(name: str) -> None:
@@ -76,9 +108,8 @@ def _missing(name: str) -> str:
     if name == "triton":
         if find_spec("triton") is None:
             return "the package triton is not installed"
-        if not torch.cuda.is_available():
+        if not (torch.cuda.is_available() or interpreted()):
             return "torch sees no CUDA device"
-        return "no operator of this version has a Triton kernel"
     if name == "cuda":
         return "the library was built without CUDA kernels"
     return ""

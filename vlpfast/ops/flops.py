@@ -23,7 +23,7 @@ def _product(x_shape, y_shape) -> int:
     return 2 * x_shape[0] * y_shape[0] * x_shape[1]
 
 
-@register_flop_formula(torch.ops.vlpfast.pair_fwd)
+@register_flop_formula([torch.ops.vlpfast.pair_fwd, torch.ops.vlpfast.pair_fwd_triton])
 def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     return _product(x_shape, y_shape)
 
@@ -35,10 +35,43 @@ def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=No
     return recomputed + _product(x_shape, y_shape) * ((need_x or (need_scale and not need_y)) + need_y)
 
 
+@register_flop_formula(torch.ops.vlpfast.pair_bwd_triton)
+def _(grad_rows_shape, grad_columns_shape, x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    """The scale's gradient is a matter of the forward; only a gradient of features or bias needs the exponentials again."""
+    (kept_rows, _), need_x, need_y, need_bias = args[11], args[12], args[13], args[15]
+    recomputed = 2 * (x_shape[0] - kept_rows) * y_shape[0] * x_shape[1] if need_x or need_y or need_bias else 0
+    return recomputed + _product(x_shape, y_shape) * (need_x + need_y)
+
+
+@register_flop_formula(torch.ops.vlpfast.pair_softplus_triton)
+def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    need_x, need_y = args[7:9]
+    return _product(x_shape, y_shape) * (1 + need_x + need_y)
+
+
 @register_flop_formula(torch.ops.vlpfast.pair_softplus)
 def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     need_x, need_y, need_scale = args[7:10]
     return _product(x_shape, y_shape) * (1 + (need_x or (need_scale and not need_y)) + need_y)
+
+
+@register_flop_formula(torch.ops.vlpfast.sample_hard_negatives)
+def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    return _product(x_shape, y_shape)
+
+
+@register_flop_formula(torch.ops.vlpfast.pair_distill_fwd)
+def _(x_shape, y_shape, x_t_shape, *args, out_shape=None, **kwargs) -> int:
+    want_slopes = args[8]
+    return _product(x_shape, y_shape) * (1 + 2 * want_slopes) + _product(x_t_shape, y_shape)
+
+
+@register_flop_formula(torch.ops.vlpfast.pair_distill_bwd)
+def _(grad_student_shape, grad_cross_shape, x_shape, y_shape, x_t_shape, *args, out_shape=None, **kwargs) -> int:
+    stash_shape, need_x, need_y = args[9:12]
+    pairs = x_shape[0] * y_shape[0]
+    recomputed = 2 * (pairs - math.prod(stash_shape) // 2) * (x_shape[1] + x_t_shape[1])
+    return recomputed + _product(x_shape, y_shape) * (need_x + need_y)
 
 
 def _token_pairs(x_shape, y_shape, x_start_shape, candidates) -> int:

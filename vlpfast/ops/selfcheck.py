@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlpfast.ops import backends, contrastive, maxsim
+from vlpfast.ops import backends
+from vlpfast.ops.contrastive import (
+    clip_loss,
+    distill,
+    distilled_contrastive_loss,
+    pair,
+    pair_distill,
+    pair_logsumexp,
+    pair_softplus,
+    sample,
+    sample_hard_negatives,
+    sigmoid_loss,
+    softplus,
+)
+from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
+from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
+from vlpfast.ops.maxsim import maxsim
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -23,49 +39,88 @@ TOLERANCES = {
 class Check:
     op: str
     backend: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None  # None: this operator has no kernel of this backend, nothing was checked
     ok: bool
     detail: str  # the largest errors, or what was raised
 
 
 def check() -> list[Check]:
     there = [name for name, reason in backends.available().items() if not reason]
-    return [
-        _check(op, backend, contrastive.KERNELS.get(backend, "cpu"), dtype)
-        for op in _CASES
-        for backend in there
-        for dtype in TOLERANCES
-    ]
+    return [found for op in _CASES for backend in there for found in _checks(op, backend)]
+
+
+def _checks(op: str, backend: str) -> list[Check]:
+    kernels = _CASES[op][1]
+    if backend != "reference" and backend not in kernels:
+        return [Check(op, backend, None, True, f"{op} has no {backend} kernel")]
+    return [_check(op, backend, backends.device_type(backend), dtype) for dtype in TOLERANCES if backends.takes(backend, dtype)]
 
 
 def _pair_logsumexp(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
-    return contrastive.pair_logsumexp(x, y, scale, own=len(y) - len(x), leave_out=(ids[: len(x)], ids[: len(y)]), bias=bias)
+    return pair_logsumexp(x, y, scale, own=len(y) - len(x), leave_out=(ids[: len(x)], ids[: len(y)]), bias=bias)
 
 
 def _clip_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
-    return (contrastive.clip_loss(x, y[: len(x)], scale, stash_bytes=0),)
+    return (clip_loss(x, y[: len(x)], scale, stash_bytes=0),)
 
 
 def _pair_softplus(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
     ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
     own = torch.arange(len(x), device=x.device) // 2  # columns repeat
     left_out = (ids[: len(x)], ids[: len(y)])
-    return (contrastive.pair_softplus(x, y, scale, own=own, leave_out=left_out, bias=bias - 3, negative_weight=0.5),)
+    return (pair_softplus(x, y, scale, own=own, leave_out=left_out, bias=bias - 3, negative_weight=0.5),)
 
 
 def _sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
-    return (contrastive.sigmoid_loss(x, y, scale, bias[0] - 10, own=len(y) - len(x)),)
+    return (sigmoid_loss(x, y, scale, bias[0] - 10, own=len(y) - len(x)),)
+
+
+def _sample_hard_negatives(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    """The logits of what is drawn: other draws, other logits."""
+    ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
+    columns = sample_hard_negatives(
+        x, y, scale, 3, own=len(y) - len(x), leave_out=(ids[: len(x)], ids[: len(y)]), uniform=1e-2,
+        seed=torch.tensor(5, device=x.device),
+    )  # fmt: skip
+    return (scale * (x[:, None].to(scale.dtype) * y[columns].to(scale.dtype)).sum(2),)
+
+
+def _linear_cross_entropy(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    labels = torch.arange(len(x), device=x.device) % min(len(y), 5)  # 2 is ignored, the others repeat
+    return (linear_cross_entropy(x, y, labels, bias=bias, ignore_index=2, label_smoothing=0.1, reduction="none"),)
+
+
+def _pair_distill(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
+    own = torch.arange(len(x), device=x.device) // 2  # columns repeat
+    left_out = (ids[: len(x)], ids[: len(y)])
+    x_t, y_t = x.flip(1), y.roll(1, 1)
+    return pair_distill(x, y, x_t, y_t, scale, 0.7 * scale, own=own, leave_out=left_out, bias_t=bias)
+
+
+def _distilled_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    n, x_t = len(x), x.flip(1)
+    return (distilled_contrastive_loss(x, y[:n], x_t, y[:n].roll(1, 1), scale, 0.4, row_negatives=y, col_negatives=x),)
 
 
 def _maxsim(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     x_sets, y_sets = (torch.tensor([0, len(t) // 2, len(t)], device=t.device) for t in (x, y))
-    return maxsim.maxsim(x, y, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
+    return maxsim(x, y, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
 
 
-_CASES: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pair_logsumexp": _pair_logsumexp, "clip_loss": _clip_loss}
-_CASES |= {"pair_softplus": _pair_softplus, "sigmoid_loss": _sigmoid_loss}
-_CASES |= {"maxsim": _maxsim}
+# operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
+_CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
+    "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
+    "clip_loss": (_clip_loss, pair.KERNELS),
+    "pair_softplus": (_pair_softplus, softplus.KERNELS),
+    "sigmoid_loss": (_sigmoid_loss, softplus.KERNELS),
+    "sample_hard_negatives": (_sample_hard_negatives, sample.KERNELS),
+    "linear_cross_entropy": (_linear_cross_entropy, pair.KERNELS),
+    "pair_distill": (_pair_distill, distill.KERNELS),
+    "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
+    "maxsim": (_maxsim, MAXSIM_KERNELS),
+}
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 
 
@@ -75,9 +130,9 @@ def _check(op: str, backend: str, device: str, dtype: torch.dtype) -> Check:
         for m, n, d in _SHAPES:
             inputs = _inputs(m, n, d, dtype, device)
             with backends.use("reference"):
-                expected = _run(_CASES[op], [t.double() for t in inputs])
+                expected = _run(_CASES[op][0], [t.double() for t in inputs])
             with backends.use(backend):
-                found = _run(_CASES[op], inputs)
+                found = _run(_CASES[op][0], inputs)
             errors = errors.maximum(torch.tensor([_error(f, e) for f, e in zip(found, expected, strict=True)]))
     except Exception as error:  # whatever goes wrong is the finding
         return Check(op, backend, dtype, False, f"{type(error).__name__}: {error}")

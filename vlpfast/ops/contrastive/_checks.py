@@ -1,4 +1,7 @@
-"""Argument checks of the contrastive operators: before dispatch, on real and fake tensors alike."""
+"""Argument checks of the contrastive operators: before dispatch, on real and fake tensors alike.
+
+Values on a device, and of whole matrices, are looked at under VLPFAST_DEBUG=1 alone (vlpfast/ops/debug.py).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlpfast.ops import debug
 from vlpfast.ops._schemas import accumulate_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_features(x: Tensor, y: Tensor) -> None:
+    check_shapes(x, y)
+    debug.check_finite("x", x)
+    debug.check_finite("y", y)
+
+
+def check_shapes(x: Tensor, y: Tensor) -> None:
+    """`check_features` but for the values."""
     for name, features in (("x", x), ("y", y)):
         if not isinstance(features, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
@@ -33,22 +44,30 @@ def same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def check_scale(scale: Any, x: Tensor) -> Tensor:
+def check_scale(scale: Any, x: Tensor, name: str = "scale") -> Tensor:
     """`scale` as a 0-d tensor of the dtype that sums beside x have."""
     dtype = accumulate_dtype(x.dtype)
     if isinstance(scale, Tensor):
-        check_tensor("scale", scale, x.device, DTYPES, None)
+        check_tensor(name, scale, x.device, DTYPES, None)
+        debug.check_finite(name, scale)  # its sign is left alone: whatever is learned may change it
         return scale.to(dtype)
     if isinstance(scale, float | int) and not isinstance(scale, bool):
         if not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"scale: expected a finite number >= 0, got {scale}")
+            raise ValueError(f"{name}: expected a finite number >= 0, got {scale}")
         return torch.full((), scale, dtype=dtype, device=x.device)
-    raise TypeError(f"scale: expected a float or a 0-d tensor, got {type(scale).__name__}")
+    raise TypeError(f"{name}: expected a float or a 0-d tensor, got {type(scale).__name__}")
 
 
-def check_bias(bias: Tensor, x: Tensor, n: int) -> Tensor:
+def check_loss_scale(scale: Any) -> None:
+    """Of a loss, beside `check_scale`: a number that is 0 would make it a constant. Tensors may come to be anything."""
+    if isinstance(scale, float | int) and not scale > 0:
+        raise ValueError(f"scale: expected a number > 0, got {scale}")
+
+
+def check_bias(bias: Tensor, x: Tensor, n: int, name: str = "bias") -> Tensor:
     """`bias`, 0-d or [n], in the dtype that sums beside x have."""
-    check_tensor("bias", bias, x.device, DTYPES, None if isinstance(bias, Tensor) and bias.ndim == 0 else n)
+    check_tensor(name, bias, x.device, DTYPES, None if isinstance(bias, Tensor) and bias.ndim == 0 else n)
+    debug.check_finite(name, bias)
     return bias.to(accumulate_dtype(x.dtype))
 
 
@@ -92,8 +111,8 @@ def check_tensor(name: str, value: Tensor, device: torch.device, dtypes: tuple[t
 
 
 def check_columns(own: Tensor, n: int, *, unique: bool) -> None:
-    """Host tensors alone: on a GPU looking at values would wait for it, under compilation there are none yet."""
-    if own.device.type != "cpu" or own.numel() == 0 or torch.compiler.is_compiling():
+    """Only where looking at values waits for nothing, and where there are some."""
+    if own.numel() == 0 or not debug.readable(own):
         return
     low, high = (int(v) for v in own.aminmax())
     if low < 0 or high >= n:
@@ -112,6 +131,19 @@ def check_more_features(name: str, features: Any, x: Tensor) -> None:
         raise ValueError(f"{name}: expected shape [rows, {x.shape[-1]}] beside x, got {tuple(features.shape)}")
     if features.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} as x has, got {features.device}")
+    debug.check_finite(name, features)
+
+
+def check_rows(name: str, features: Any, rows: int, x: Tensor) -> None:
+    """Features [rows, any width] beside x."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(features).__name__}")
+    if features.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {features.dtype}")
+    if features.ndim != 2 or features.shape[0] != rows:
+        raise ValueError(f"{name}: expected shape [{rows}, width], got {tuple(features.shape)}")
+    if features.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} as x has, got {features.device}")
 
 
 def check_same_length(x: Tensor, y: Tensor) -> None:
@@ -126,8 +158,10 @@ def check_views(x: Any, y: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
         if isinstance(features, Tensor) and features.ndim == 3 and features.shape[0] == 0:
             raise ValueError(f"{name}: expected at least one view in [views, rows, width], got shape {tuple(features.shape)}")
     views = [(t.unbind() if isinstance(t, Tensor) and t.ndim == 3 else (t,)) for t in (x, y)]
-    check_features(views[0][0], views[1][0])
+    check_shapes(views[0][0], views[1][0])
     check_same_length(views[0][0], views[1][0])
+    debug.check_finite("x", x)
+    debug.check_finite("y", y)
     return views[0], views[1]
 
 
@@ -157,11 +191,13 @@ def check_directions(directions: Any) -> tuple[float, float]:
 
 def check_weights(name: str, weights: Any, x: Tensor) -> None:
     check_tensor(name, weights, x.device, DTYPES, x.shape[0])
+    debug.check_within(name, weights, 0, torch.finfo(weights.dtype).max)
 
 
 def check_smoothing(label_smoothing: Any, x: Tensor) -> None:
     if isinstance(label_smoothing, Tensor):
         check_tensor("label_smoothing", label_smoothing, x.device, DTYPES, None if label_smoothing.ndim == 0 else x.shape[0])
+        debug.check_within("label_smoothing", label_smoothing, 0, 1)
     elif not _is_number(label_smoothing):
         raise TypeError(f"label_smoothing: expected a number or a tensor, got {type(label_smoothing).__name__}")
     elif not 0 <= label_smoothing <= 1:
@@ -191,9 +227,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
-def check_negative_weight(negative_weight: Any) -> float:
-    if isinstance(negative_weight, bool) or not isinstance(negative_weight, float | int):
-        raise TypeError(f"negative_weight: expected a float or None, got {type(negative_weight).__name__}")
-    if not (math.isfinite(negative_weight) and negative_weight >= 0):
-        raise ValueError(f"negative_weight: expected a finite number >= 0, got {negative_weight}")
-    return float(negative_weight)
+def check_nonnegative(name: str, value: Any, kinds: str = "a float") -> float:
+    """kinds: what the message says the argument may be."""
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        raise TypeError(f"{name}: expected {kinds}, got {type(value).__name__}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+    return float(value)
+
+
+def check_alpha(alpha: Any, x: Tensor) -> None:
+    if isinstance(alpha, Tensor):
+        check_tensor("alpha", alpha, x.device, DTYPES, None)
+    elif not _is_number(alpha):
+        raise TypeError(f"alpha: expected a number or a 0-d tensor, got {alpha!r}")
+    elif not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")

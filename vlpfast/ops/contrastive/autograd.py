@@ -9,18 +9,21 @@ from torch import Tensor
 
 
 class PairLogsumexp(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.pair_fwd (vlpfast/ops/_schemas.py); rows and columns have gradients.
+    """Arguments and results of pair_fwd or pair_fwd_triton (vlpfast/ops/_schemas.py); rows and columns have gradients.
 
     It has no jvp of its own (Dynamo refuses a Function that has one), so forward-mode differentiation ends in torch's error.
     """
 
     @staticmethod
-    def forward(x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, keep):
-        return torch.ops.vlpfast.pair_fwd(x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, keep)
+    def forward(backend, x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, want_scale, keep):
+        problem = x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns
+        if backend == "triton":
+            return torch.ops.vlpfast.pair_fwd_triton(*problem, want_scale, keep)
+        return torch.ops.vlpfast.pair_fwd(*problem, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, y, scale, bias, own, ctx.own_offset, row_ids, column_ids, ctx.want_rows, ctx.want_columns, _ = inputs
+        ctx.backend, x, y, scale, bias, own, ctx.own_offset, row_ids, column_ids, ctx.want_rows, ctx.want_columns, _, _ = inputs
         saved = output[2:]  # row_stats, column_stats, exact, stash
         ctx.save_for_backward(x, y, scale, bias, own, row_ids, column_ids, *saved)
         ctx.mark_non_differentiable(*saved)
@@ -33,19 +36,21 @@ class PairLogsumexp(torch.autograd.Function):
             grad_rows = row_stats.new_zeros(x.shape[0] if ctx.want_rows else 0)
         if grad_columns is None:
             grad_columns = column_stats.new_zeros(y.shape[0] if ctx.want_columns else 0)
-        need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[:4]
+        need_x, need_y, need_scale, need_bias = ctx.needs_input_grad[1:5]
         dx, dy, dscale, dbias = _Gradient.apply(
-            grad_rows, grad_columns, x, y, scale, bias, own, ctx.own_offset, row_ids, column_ids, ctx.want_rows, ctx.want_columns,
+            ctx.backend, grad_rows, grad_columns, x, y, scale, bias, own, ctx.own_offset, row_ids, column_ids,
+            ctx.want_rows, ctx.want_columns,
             row_stats, column_stats, exact, stash, need_x, need_y, need_scale, need_bias,
         )  # fmt: skip
         if need_bias and bias.ndim == 0:
             dbias = dbias.sum()
         return (
+            None,
             dx if need_x else None,
             dy if need_y else None,
             dscale.reshape(()) if need_scale else None,
             dbias if need_bias else None,
-            *[None] * 7,
+            *[None] * 8,
         )
 
     @staticmethod
@@ -62,9 +67,11 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(grad_rows, grad_columns, x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns,
-                row_stats, column_stats, exact, stash, need_x, need_y, need_scale, need_bias):  # fmt: skip
-        return torch.ops.vlpfast.pair_bwd(
+    def forward(backend, grad_rows, grad_columns, x, y, scale, bias, own, own_offset, row_ids, column_ids,
+                want_rows, want_columns, row_stats, column_stats, exact, stash,
+                need_x, need_y, need_scale, need_bias):  # fmt: skip
+        operator = torch.ops.vlpfast.pair_bwd_triton if backend == "triton" else torch.ops.vlpfast.pair_bwd
+        return operator(
             grad_rows, grad_columns, x, y, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns,
             row_stats, column_stats, exact, stash, need_x, need_y, need_scale, need_bias,
         )  # fmt: skip

@@ -30,8 +30,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlpfast.ops import debug
 from vlpfast.ops._schemas import accumulate_dtype
-from vlpfast.ops.contrastive._checks import DTYPES, check_features, check_leave_out, check_scale, check_tensor
+from vlpfast.ops.contrastive._checks import DTYPES, check_features, check_leave_out, check_loss_scale, check_scale, check_tensor
 from vlpfast.ops.contrastive.pair import STASH_BYTES, pair_logsumexp
 from vlpfast.ops.contrastive.softplus import pair_softplus
 
@@ -57,7 +58,7 @@ def sharded_clip_loss(
         x: [n, D] this rank's rows; row i belongs to row i of y. n may be 0 and may differ between ranks. See `pair_logsumexp`
             for dtypes and for what autocast does.
         y: [n, D]
-        scale: a float >= 0, or a 0-d tensor: the same on all ranks (its gradient is made, to be averaged like all others).
+        scale: a float > 0, or a 0-d tensor: the same on all ranks (its gradient is made, to be averaged like all others).
         group: the ranks that share the batch; None: all. Without an initialised process group there is one rank.
         gather: the side that travels, the other stays home. A side without a gradient (a locked tower) is the better one:
             nothing of size n * D comes back in the backward.
@@ -74,7 +75,7 @@ def sharded_clip_loss(
     Raises:
         TypeError, ValueError: a wrong argument, named.
     """
-    x, y, leave_out, shards = _home_and_travelling(x, y, gather, leave_out, group, sizes)
+    x, y, leave_out, shards = _home_and_travelling(x, y, scale, gather, leave_out, group, sizes)
     x_wide, y_wide = _wide(x), _wide(y)
     rows, cols = pair_logsumexp(
         x_wide.to(x.dtype), shards.gather(y_wide), scale,
@@ -104,9 +105,10 @@ def sharded_sigmoid_loss(
     the forward. A feature that is not finite shows in this rank's loss alone if it is one of the side that stays home, and in
     everyone's gradients once they are averaged.
     """
-    x, y, leave_out, shards = _home_and_travelling(x, y, gather, leave_out, group, sizes)
+    x, y, leave_out, shards = _home_and_travelling(x, y, scale, gather, leave_out, group, sizes)
     if bias is not None:
         check_tensor("bias", bias, x.device, DTYPES, None)
+        debug.check_finite("bias", bias)
     every_y, every_id = shards.gather(_wide(y)), shards.gather_ids(leave_out)
     total = pair_softplus(x, every_y, scale, own=shards.offset, leave_out=every_id, bias=bias)
     return total / (max(1, shards.total) / len(shards.sizes))
@@ -170,6 +172,7 @@ class _Shards:
 def _home_and_travelling(
     x: Tensor,
     y: Tensor,
+    scale: float | Tensor,
     gather: str,
     leave_out: tuple[Tensor, Tensor] | None,
     group: dist.ProcessGroup | None,
@@ -179,6 +182,8 @@ def _home_and_travelling(
     check_features(x, y)
     if y.shape[0] != x.shape[0]:
         raise ValueError(f"y: expected as many rows as x, {x.shape[0]}, got {y.shape[0]}")
+    check_loss_scale(scale)
+    check_scale(scale, x)  # before this rank takes part in anything that the others wait for
     if leave_out is not None:
         check_leave_out(leave_out, x.shape[0], x.shape[0], x.device)
     if gather not in ("x", "y"):

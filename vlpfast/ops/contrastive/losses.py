@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlpfast.ops import debug
 from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.contrastive._checks import (
     DTYPES,
@@ -17,6 +18,7 @@ from vlpfast.ops.contrastive._checks import (
     check_directions,
     check_features,
     check_leave_out,
+    check_loss_scale,
     check_more_features,
     check_same_length,
     check_scale,
@@ -56,7 +58,7 @@ def clip_loss(
 
     Args:
         x: [N, D], unit length in CLIP's use; see `pair_logsumexp` for dtypes, scale and stash_bytes (which counts for each
-            matrix of logits). Or V views of the same N samples, [V, N, D].
+            matrix of logits). Or V views of the same N samples, [V, N, D]. Of all losses a scale that is a number must be > 0.
         y: [N, D] or [W, N, D]
         directions: "both", "rows", "cols", or the weights of the rows' mean and of the columns' mean: "both" is (0.5, 0.5);
             (1, 1) sums them; (0.75, 0.25) is ConVIRT's. A direction of weight 0 is not computed.
@@ -69,7 +71,8 @@ def clip_loss(
             With further negatives the ids go on over them: [N + len(col_negatives)] and [N + len(row_negatives)].
         bias: 0-d, or [N] added to the logits of every row; [N + len(row_negatives)] with these. Its gradient is made.
         row_negatives: [Q, D]: further negatives of every row beside the columns: a queue of momentum features, read in place,
-            or captions that were made wrong on purpose (NegCLIP). Gradients are made if they are asked for.
+            or captions that were made wrong on purpose (NegCLIP). Any Q: that a queue holds a batch is for the queue to see to.
+            Gradients are made if they are asked for.
         col_negatives: [P, D]: further negatives of every column beside the rows.
         view_weights: [V][W] numbers: the loss is the weighted sum of the losses of the pairs of views (weights are not
             normalised; pairs of weight 0 cost nothing). Default: their mean. Everything else holds for each pair of views.
@@ -223,6 +226,8 @@ def matryoshka_loss(
     width = features[0].shape[-1]
     if any(t.shape[-1] != width for t in features):
         raise ValueError(f"features: expected one width, got {[t.shape[-1] for t in features]}")
+    for i, t in enumerate(features):
+        debug.check_finite(f"features[{i}]", t)
     if not widths or not all(isinstance(w, int) and 1 <= w <= width for w in widths):
         raise ValueError(f"widths: expected one int or more in [1, {width}], got {widths!r}")
     if weights is None:
@@ -256,6 +261,7 @@ class _Pairs:
         col_negatives: Tensor | None,  # [P, D]
         stash_bytes: int,
     ) -> None:
+        check_loss_scale(scale)
         n = x.shape[0]
         for name, negatives in (("row_negatives", row_negatives), ("col_negatives", col_negatives)):
             if negatives is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import backends
-from vlpfast.ops._schemas import accumulate_dtype
+from vlpfast.ops._schemas import stash_dtype
 from vlpfast.ops.contrastive import reference
 from vlpfast.ops.contrastive._checks import (
     check_bias,
@@ -21,7 +21,7 @@ from vlpfast.ops.contrastive._checks import (
 )
 from vlpfast.ops.contrastive.autograd import PairLogsumexp
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 STASH_BYTES = 4 << 30
 
 
@@ -78,7 +78,8 @@ def pair_logsumexp(x, y, scale, *, own=0, leave_out=None, bias=None, directions=
         rows [M], cols [N] in float32 (float64 for float64 features); -inf where every pair is left out.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host.
+        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host (on a
+            device under VLPFAST_DEBUG=1).
     """
     x, y, scale, bias = _checked(x, y, scale, own, leave_out, bias, directions, stash_bytes)
     device = x.device.type
@@ -91,7 +92,8 @@ def pair_logsumexp(x, y, scale, *, own=0, leave_out=None, bias=None, directions=
 
 
 def _pair_logsumexp(x, y, scale, own, leave_out, bias, directions, stash_bytes):
-    if backends.choose("pair_logsumexp", KERNELS, x.device) == "reference":
+    backend = backends.choose("pair_logsumexp", KERNELS, x.device, x.dtype)
+    if backend == "reference":
         rows, cols = reference.pair_logsumexp(x, y, scale, own=own, leave_out=leave_out, bias=bias)
     else:
         own_index, own_offset = (own, None) if isinstance(own, Tensor) else (None, own)
@@ -100,10 +102,10 @@ def _pair_logsumexp(x, y, scale, own, leave_out, bias, directions, stash_bytes):
         y = y.view_as(y) if y is x else y
         column_ids = column_ids.view_as(column_ids) if column_ids is not None and column_ids is row_ids else column_ids
         differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, scale, bias))
-        keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if differentiable else 0
+        keep = stash_bytes // stash_dtype(backend, x.dtype).itemsize if differentiable else 0
         rows, cols, *_ = PairLogsumexp.apply(
-            x, y, scale, bias, own_index, own_offset, row_ids, column_ids,
-            directions != "cols", directions != "rows", keep,
+            backend, x, y, scale, bias, own_index, own_offset, row_ids, column_ids,
+            directions != "cols", directions != "rows", differentiable and scale.requires_grad, keep,
         )  # fmt: skip
     return {"both": (rows, cols), "rows": rows, "cols": cols}[directions]
 

@@ -13,13 +13,14 @@ from vlpfast.ops.contrastive._checks import (
     check_bias,
     check_features,
     check_leave_out,
-    check_negative_weight,
+    check_loss_scale,
+    check_nonnegative,
     check_own,
     check_scale,
     same_dtype,
 )
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
 
 def pair_softplus(
@@ -54,7 +55,8 @@ def pair_softplus(
         in float32 negatives with logits below -87.3 count nothing.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host.
+        TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host (on a
+            device under VLPFAST_DEBUG=1).
     """
     x, y, scale, bias, negative_weight = _checked(x, y, scale, own, leave_out, bias, negative_weight)
     device = x.device.type
@@ -78,19 +80,22 @@ def sigmoid_loss(
     """SigLIP's loss: -log sigmoid(+-(scale * x @ y.T + bias)), + for own pairs, summed over columns, the mean over rows.
 
     x is [M, D], y [N, D], unit length in SigLIP's use, where scale and bias are learned and start at 10 and -10; bias is 0-d, [N]
-    or None. See `pair_softplus` for all arguments. Returns a 0-d tensor, float32 (float64 for float64 features); 0 for M = 0.
+    or None; a scale that is a number must be > 0. See `pair_softplus` for all arguments. Returns a 0-d tensor, float32 (float64
+    for float64 features); 0 for M = 0.
     Zhai et al. 2023, "Sigmoid loss for language image pre-training".
     """
+    check_loss_scale(scale)
     return pair_softplus(x, y, scale, own=own, leave_out=leave_out, bias=bias) / max(1, x.shape[0])
 
 
 def _pair_softplus(x, y, scale, own, leave_out, bias, negative_weight) -> Tensor:
-    if backends.choose("pair_softplus", KERNELS, x.device) == "reference":
+    backend = backends.choose("pair_softplus", KERNELS, x.device, x.dtype)
+    if backend == "reference":
         return reference.pair_softplus(x, y, scale, own=own, leave_out=leave_out, bias=bias, negative_weight=negative_weight)
     own_index, own_offset = (own, None) if isinstance(own, Tensor) else (None, own)
     row_ids, column_ids = leave_out if leave_out is not None else (None, None)
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, y, scale, bias)]
-    return PairSoftplus.apply(x, y, scale, bias, own_index, own_offset, row_ids, column_ids, negative_weight, *need)[0]
+    return PairSoftplus.apply(backend, x, y, scale, bias, own_index, own_offset, row_ids, column_ids, negative_weight, *need)[0]
 
 
 def _checked(x, y, scale, own, leave_out, bias, negative_weight) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
@@ -104,35 +109,39 @@ def _checked(x, y, scale, own, leave_out, bias, negative_weight) -> tuple[Tensor
         check_leave_out(leave_out, m, n, x.device)
     if bias is not None:
         bias = check_bias(bias, x, n)
-    return x, y, scale, bias, 1.0 if negative_weight is None else check_negative_weight(negative_weight)
+    weight = 1.0 if negative_weight is None else check_nonnegative("negative_weight", negative_weight, "a float or None")
+    return x, y, scale, bias, weight
 
 
 class PairSoftplus(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.pair_softplus (vlpfast/ops/_schemas.py); the loss alone has gradients.
+    """Arguments and results of torch.ops.vlpfast.pair_softplus (vlpfast/ops/_schemas.py) of one backend; the loss alone has gradients.
 
     They come with the loss, in the accumulating dtype: a half type's are rounded once, after the incoming gradient (a mean's
     small factor, a loss scaler's large one) has been multiplied in.
     """
 
     @staticmethod
-    def forward(x, y, scale, bias, own, own_offset, row_ids, column_ids, negative_weight, need_x, need_y, need_scale, need_bias):
-        return torch.ops.vlpfast.pair_softplus(
+    def forward(backend, x, y, scale, bias, own, own_offset, row_ids, column_ids, negative_weight, need_x, need_y, need_scale,
+                need_bias):  # fmt: skip
+        operator = torch.ops.vlpfast.pair_softplus_triton if backend == "triton" else torch.ops.vlpfast.pair_softplus
+        return operator(
             x, y, scale, bias, own, own_offset, row_ids, column_ids, negative_weight, need_x, need_y, need_scale, need_bias
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         gradients = output[1:]
-        ctx.save_for_backward(*inputs[:4], *gradients)
+        ctx.save_for_backward(*inputs[1:5], *gradients)
         ctx.mark_non_differentiable(*gradients)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
         if grad is None:
-            return (None,) * 13
+            return (None,) * 14
         gradients = _Gradient.apply(grad, *ctx.saved_tensors)
-        return *[g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:4], strict=True)], *[None] * 9
+        needed = ctx.needs_input_grad[1:5]
+        return None, *[g if n else None for g, n in zip(gradients, needed, strict=True)], *[None] * 9
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:

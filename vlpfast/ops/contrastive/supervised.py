@@ -11,12 +11,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlpfast.ops import debug
 from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.contrastive._checks import (
     check_count,
     check_directions,
     check_features,
     check_ids,
+    check_loss_scale,
     check_same_length,
     check_scale,
 )
@@ -99,13 +101,16 @@ def _supervised(x, y, scale, row_labels, col_labels, directions, max_positives, 
     if max_positives is not None:
         check_count("max_positives", max_positives, 1)
     x, y = common_dtype(x, y)
+    check_loss_scale(scale)
     scale = check_scale(scale, x)
     listed = [_Listing(row_labels, col_labels, with_itself), _Listing(col_labels, row_labels, with_itself)]
     bound = max(x.shape[0], y.shape[0]) if max_positives is None else max_positives
-    if row_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        bound = max(int(side.number.max()) if side.number.numel() else 0 for side in listed)
-        if max_positives is not None and bound > max_positives:
-            raise ValueError(f"max_positives: expected at least {bound}, as many as have one label, got {max_positives}")
+    if debug.readable(row_labels) and debug.readable(col_labels):
+        most = max(int(side.number.max()) if side.number.numel() else 0 for side in listed)
+        if max_positives is not None and most > max_positives:
+            raise ValueError(f"max_positives: expected at least {most}, as many as have one label, got {max_positives}")
+        if row_labels.device.type == "cpu":  # else it was read for the check alone, which must not change what is computed
+            bound = most
     beside = bound <= LISTED_POSITIVES
     if beside:
         out = (row_labels, col_labels)
@@ -227,6 +232,7 @@ def group_contrastive_loss(
         if related.shape != (count, count) or related.device != x.device:
             raise ValueError(f"related: expected [{count}, {count}] on {x.device}, got {list(related.shape)} on {related.device}")
     x, y = common_dtype(x, y)
+    check_loss_scale(scale)
     scale = check_scale(scale, x)
     group = torch.arange(count, device=x.device).repeat_interleave(group_size)  # [M]
     far_x, far_y = (x, y) if related is None else _apart(x, y, scale, related[group].to(x.dtype), group)
@@ -289,6 +295,7 @@ def local_global_loss(
         raise TypeError(f"y: expected a tensor, got {type(y).__name__}")
     if y.ndim != 3:
         raise ValueError(f"y: expected 3 dimensions [rows, locals, width], got shape {tuple(y.shape)}")
+    debug.check_finite("y", y)
     check_features(x, y[:, 0] if y.shape[1] else y.new_empty(y.shape[0], y.shape[2]))
     check_same_length(x, y)
     n, length = y.shape[:2]
@@ -298,6 +305,7 @@ def local_global_loss(
         if mask.shape != y.shape[:2] or mask.device != x.device:
             raise ValueError(f"mask: expected [{n}, {length}] on {x.device}, got {list(mask.shape)} on {mask.device}")
     x, y = common_dtype(x, y)
+    check_loss_scale(scale)
     scale = check_scale(scale, x)
     locals_ = y.flatten(0, 1)  # [N * L, D]
     index = torch.arange(n * length, device=x.device).reshape(n, length)

@@ -1,0 +1,190 @@
+"""Compiles every Triton kernel of the project ahead of time, without a GPU: registers, spills, shared memory, instructions.
+
+    python benchmarks/compiled_kernels.py            writes benchmarks/results/compiled/<chip>.json and docs/kernels.md
+    python benchmarks/compiled_kernels.py --only pair_logsumexp --dtype bfloat16 --chip sm_90      only prints
+
+An operator is in the table by one row in CALLS: a call of its kernels on meta tensors of the size that is reported. What it would
+launch is compiled with the shipped tiles, as the launch would: divisibility by 16 of pointers, sizes and strides included.
+Speeds are no part of it: they need a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vlpfast.ops import _triton
+from vlpfast.ops._triton import Launch
+from vlpfast.ops.contrastive import triton_pair, triton_softplus
+
+ROOT = Path(__file__).resolve().parents[1]
+CHIPS = ("sm_80", "sm_90")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+N, D = 32768, 768
+INSTRUCTIONS = {"HMMA": r"\bHMMA", "HGMMA": r"\bHGMMA", "UTMALDG": r"\bUTMALDG", "LDGSTS": r"\bLDGSTS", "MUFU": r"\bMUFU"}
+
+
+def pair_logsumexp(dtype: torch.dtype, keep: int) -> None:
+    """One step: forward, then backward with all gradients."""
+    x, y = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
+    scale = torch.empty((), device="meta")
+    problem = x, y, scale, None, None, 0, None, None
+    rows, columns, *saved = triton_pair.forward(*problem, True, True, True, keep)
+    triton_pair.backward(rows, columns, *problem, True, True, *saved, True, True, True, False)
+
+
+def pair_softplus(dtype: torch.dtype) -> None:
+    """All gradients, with a bias."""
+    x, y = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
+    scale, bias = (torch.empty((), device="meta") for _ in range(2))
+    triton_softplus.forward(x, y, scale, bias, None, 0, None, None, 1.0, True, True, True, True)
+
+
+# operator -> a call with features of a dtype
+CALLS: dict[str, Callable[[torch.dtype], None]] = {
+    "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
+    "pair_logsumexp, recompute": lambda dtype: pair_logsumexp(dtype, 0),
+    "pair_softplus": pair_softplus,
+}
+
+
+@dataclass
+class Compiled:
+    kernel: str
+    operators: list[str]
+    dtype: str
+    tile: str
+    programs: int
+    registers: int
+    spills: int  # bytes of local memory a thread
+    shared: int  # bytes
+    instructions: dict[str, int]
+
+
+def compile_launch(launch: Launch, chip: str) -> tuple[Any, dict[str, int]]:
+    """Triton's compiled kernel, and its block sizes and options, specialised as the launcher specialises its arguments."""
+    names = launch.kernel.arg_names
+    constant = {p.name for p in launch.kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value = launch.arguments[name]
+        if name in constant or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            dtype = {"uint8": "u8", "bool": "i1", "int64": "i64", "float64": "fp64", "float32": "fp32", "float16": "fp16"}
+            signature[name] = "*" + dtype.get(str(value.dtype).removeprefix("torch."), "bf16")
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {k: v for k, v in launch.arguments.items() if k not in names}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", int(chip.removeprefix("sm_")), 32), options=options)
+    return compiled, {k: v for k, v in launch.arguments.items() if k.startswith("BLOCK_") or k == "GROUP"} | options
+
+
+def read(compiled: Any) -> tuple[int, int, int, dict[str, int]]:
+    """Registers, bytes of local memory, bytes of shared memory, instructions: from the machine code."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tools / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    registers, local = (int(re.search(rf"\b{what}:(\d+)", usage)[1]) for what in ("REG", "LOCAL"))
+    stack = int(re.search(r"\bSTACK:(\d+)", usage)[1])
+    counts = {name: len(re.findall(pattern, code)) for name, pattern in INSTRUCTIONS.items()}
+    return registers, max(local, stack), compiled.metadata.shared, counts
+
+
+def table(chip: str, only: str = "", dtypes: tuple[torch.dtype, ...] = DTYPES, kernel: str = "") -> list[Compiled]:
+    """Every kernel whose name contains `kernel`, once for each way it is specialised."""
+    found: dict[tuple[str, str], Compiled] = {}
+    for operator, call in CALLS.items():
+        if only not in operator:
+            continue
+        for dtype in dtypes:
+            with _triton.recording(chip) as launches:
+                call(dtype)
+            for launch in launches:
+                if kernel not in launch.kernel.__name__:
+                    continue
+                compiled, tile = compile_launch(launch, chip)
+                key = compiled.hash, str(dtype)
+                if key not in found:
+                    found[key] = Compiled(
+                        launch.kernel.__name__.lstrip("_") + variant(launch), [], str(dtype).removeprefix("torch."),
+                        " ".join(f"{k.removeprefix('BLOCK_')}={v}" for k, v in tile.items()), launch.grid[0], *read(compiled),
+                    )  # fmt: skip
+                if operator not in found[key].operators:
+                    found[key].operators.append(operator)
+    return list(found.values())
+
+
+def variant(launch: Launch) -> str:
+    """Which of a kernel's forms it is, by the constants that choose one."""
+    along = {1: " (rows)", 0: " (columns)", None: ""}[launch.arguments.get("ALONG")]
+    if "kept_line" in launch.arguments:
+        along = " (rows)" if launch.arguments["kept_other"] == 1 else " (columns)"
+    parts = launch.arguments.get("FIRST"), launch.arguments.get("LAST")
+    return along + {(True, False): ", first chunk", (False, False): ", next chunk", (False, True): ", last chunk"}.get(parts, "")
+
+
+def page(results: dict[str, list[Compiled]]) -> str:
+    """docs/kernels.md"""
+    tables = []
+    for chip, kernels in results.items():
+        rows = [
+            f"| {k.kernel} | {k.dtype} | {k.tile} | {k.registers} | {k.spills} | {k.shared // 1024} | "
+            + ", ".join(f"{count} {name}" for name, count in k.instructions.items() if count)
+            + " |"
+            for k in kernels
+        ]
+        head = "| kernel | features | tile | registers | spilled bytes | shared KiB | instructions |\n" + "|---" * 7 + "|\n"
+        tables.append(f"## {chip}\n\n{head}" + "\n".join(rows))
+    template = Path(__file__).with_name("compiled_kernels.md").read_text()
+    return template.format(n=N, d=D, triton=triton.__version__, tables="\n\n".join(tables))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="operators whose name contains this; nothing is written then")
+    parser.add_argument("--kernel", default="", help="likewise, kernels whose name contains this")
+    parser.add_argument("--chip", choices=CHIPS, help="likewise")
+    parser.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES], help="likewise")
+    args = parser.parse_args()
+    if _triton.INTERPRETED.value:
+        raise SystemExit("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    dtypes = tuple(d for d in DTYPES if args.dtype in (None, str(d).removeprefix("torch.")))
+    results = {chip: table(chip, args.only, dtypes, args.kernel) for chip in ([args.chip] if args.chip else CHIPS)}
+    for chip, kernels in results.items():
+        for k in kernels:
+            print(json.dumps({"chip": chip} | asdict(k)))
+    if args.only or args.kernel or args.chip or args.dtype:
+        return
+    folder = ROOT / "benchmarks/results/compiled"
+    folder.mkdir(parents=True, exist_ok=True)
+    for chip, kernels in results.items():
+        record = {"chip": chip, "triton": triton.__version__, "n": N, "d": D, "kernels": [asdict(k) for k in kernels]}
+        (folder / f"{chip}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (ROOT / "docs/kernels.md").write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+// What sample_hard_negatives does to one row of a tile of logits, and its random bits.
+#pragma once
+
+#include "common/simd.h"
+
+#include <limits>
+
+namespace vlpfast::contrastive {
+namespace { // each copy's dispatcher would otherwise be exported
+
+// Random bits are made for this many columns at a time, from kBlock / 4 counters.
+constexpr int64_t kBlock = 64;
+
+// Random bits of columns [begin, begin + kBlock) of a row, `begin` a multiple of 4: Philox4x32-10 at the counters
+// (column / 4, row, stream, 0), four words each. See vlpfast/ops/contrastive/reference.py.
+VLPFAST_CLONES void random_bits(uint32_t begin, uint32_t row, uint32_t stream, uint64_t seed, uint32_t* out) {
+    constexpr int kCounters = kBlock / 4;
+    uint32_t words[4][kCounters]; // written one counter after the other, which the compiler makes vectors of
+    for (int l = 0; l < kCounters; ++l) {
+        uint32_t c0 = begin / 4 + l, c1 = row, c2 = stream, c3 = 0;
+        uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t p = uint64_t{0xD2511F53} * c0, q = uint64_t{0xCD9E8D57} * c2;
+            c0 = static_cast<uint32_t>(q >> 32) ^ c1 ^ k0;
+            c1 = static_cast<uint32_t>(q);
+            c2 = static_cast<uint32_t>(p >> 32) ^ c3 ^ k1;
+            c3 = static_cast<uint32_t>(p);
+            k0 += 0x9E3779B9;
+            k1 += 0xBB67AE85;
+        }
+        words[0][l] = c0;
+        words[1][l] = c1;
+        words[2][l] = c2;
+        words[3][l] = c3;
+    }
+    for (int l = 0; l < kCounters; ++l) {
+        for (int w = 0; w < 4; ++w)
+            out[4 * l + w] = words[w][l];
+    }
+}
+
+// v = (bits + 1/2) / 2^32, and the Gumbel variable that is made of it; 32 bits and a half are exact in double.
+inline double unit(uint32_t bits) {
+    return (bits + 0.5) * 0x1p-32;
+}
+inline double gumbel(uint32_t bits) {
+    return -std::log(-std::log1p(-unit(bits)));
+}
+
+// Sets may[j] where a column of the row may have a key s + gumbel above `least` (where it has one, always), and returns
+// whether it did. A key is above `least` if -log(1 - v) < exp(s - least), and v is below -log(1 - v). `slack` is more
+// than the roundings of s - least.
+template <class T>
+VLPFAST_CLONES bool may_exceed(const T* s, const uint32_t* bits, int64_t n, T least, T slack, int32_t* may) {
+    int32_t any = 0;
+    for (int64_t j = 0; j < n; ++j) {
+        const T difference = s[j] - least + slack, exponent = difference < T(1) ? difference : T(1);
+        may[j] = (static_cast<T>(bits[j]) + T(0.5)) * T(0x1p-32) < exponential(exponent);
+        any |= may[j];
+    }
+    return any;
+}
+
+VLPFAST_CLONES bool any_at_most(const uint32_t* bits, int64_t n, uint32_t limit) {
+    int any = 0;
+    for (int64_t j = 0; j < n; ++j)
+        any |= bits[j] <= limit;
+    return any;
+}
+
+// s = scale * s; NaN becomes infinite.
+template <class T> VLPFAST_CLONES void scale_logits(T* s, int64_t n, T scale) {
+    for (int64_t j = 0; j < n; ++j) {
+        const T logit = scale * s[j];
+        s[j] = logit == logit ? logit : std::numeric_limits<T>::infinity();
+    }
+}
+
+template <class T> VLPFAST_CLONES T largest_of(const T* s, int64_t n) {
+    T lanes[kLanes];
+    for (T& lane : lanes)
+        lane = -std::numeric_limits<T>::infinity();
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+        for (int l = 0; l < kLanes; ++l)
+            lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];
+    }
+    T largest = -std::numeric_limits<T>::infinity();
+    for (; j < n; ++j)
+        largest = s[j] > largest ? s[j] : largest;
+    for (const T lane : lanes)
+        largest = lane > largest ? lane : largest;
+    return largest;
+}
+
+// Returns the sum of exp(s - shift); shift is finite, and the row's largest or above.
+template <class T> VLPFAST_CLONES double exp_sum(const T* s, int64_t n, T shift) {
+    T lanes[kLanes] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+        for (int l = 0; l < kLanes; ++l)
+            lanes[l] += exponential(s[j + l] - shift);
+    }
+    double sum = 0;
+    for (; j < n; ++j)
+        sum += exponential(s[j] - shift);
+    for (const T lane : lanes)
+        sum += lane;
+    return sum;
+}
+
+} // namespace
+} // namespace vlpfast::contrastive

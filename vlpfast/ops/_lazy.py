@@ -1,0 +1,28 @@
+"""Operators whose kernels are Python: their modules, and triton with them, are imported at the first call."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+
+# operator -> module below vlpfast.ops, function with the arguments of the operator's schema
+KERNELS = {
+    "pair_fwd_triton": ("contrastive.triton_pair", "forward"),
+    "pair_bwd_triton": ("contrastive.triton_pair", "backward"),
+    "pair_softplus_triton": ("contrastive.triton_softplus", "forward"),
+}
+
+
+def _register(op: str, module: str, function: str) -> None:
+    @torch.library.impl(f"vlpfast::{op}", ("cpu", "cuda"))
+    def run(*arguments: Any, **named: Any) -> Any:
+        kernel = getattr(import_module(f"vlpfast.ops.{module}"), function)
+        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        with torch.cuda.device_of(first):  # Triton launches on the current device
+            return kernel(*arguments, **named)
+
+
+for _op, (_module, _function) in KERNELS.items():
+    _register(_op, _module, _function)
