@@ -98,6 +98,10 @@ template <class T> class Matrix {
                               [](auto*) {}); // raises here on another dtype: nothing may be thrown in parallel_for
     }
 
+    // Whether row() gives the tensor's own memory: then row i + 1 lies stride() after row i.
+    bool in_place() const { return dtype_ == kScalarType<T> && column_ == 1; }
+    int64_t stride() const { return row_; }
+
     // Rows [begin, begin + rows): the tensor's own memory where a product can read it, else a copy in `scratch`.
     View<const T> rows(int64_t begin, int64_t rows, Buffer<T>& scratch) const {
         if (in_place())
@@ -126,8 +130,6 @@ template <class T> class Matrix {
     }
 
   private:
-    bool in_place() const { return dtype_ == kScalarType<T> && column_ == 1; }
-
     void read_row(int64_t i, T* out) const {
         with_floating_pointer(data_, dtype_, [&](auto* data) {
             for (int64_t d = 0; d < width; ++d)

@@ -175,3 +175,57 @@ def _(x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, r
 def _(grad_student, grad_cross, x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids,
       stats, stash, need_x, need_y):  # fmt: skip
     return x.new_empty((x.shape[0] if need_x else 0, x.shape[1])), y.new_empty((y.shape[0] if need_y else 0, y.shape[1]))
+
+
+# --- late interaction -------------------------------------------------------------------------------------------------
+
+# Set i of a side has the tokens start[i] to start[i + 1] of x [Lx, D] or y [Ly, D], at most `longest` of them; `keep` [Lx], [Ly]
+# says which count. candidates = None: every set of x (M) meets every set of y (N); else set m of x meets the sets
+# m * candidates + k of y, k in [0, candidates). Scores are [M, N] or [M, candidates], [0, ...] for a direction not wanted.
+# Winners, if `keep_winners`: y_of_x [N or candidates, Lx], for each token of x the place in the set of y of the token nearest to
+# it, and x_of_y [M or 1, Ly] likewise; 0 for tokens that do not count. Their dtype is maxsim_index_dtype(longest).
+torch.library.define(
+    "vlpfast::maxsim_fwd",
+    "(Tensor x, Tensor y, Tensor x_start, Tensor y_start, Tensor? x_keep, Tensor? y_keep, SymInt x_longest, SymInt y_longest, "
+    "SymInt? candidates, bool want_x_to_y, bool want_y_to_x, bool mean, bool zero, bool keep_winners) "
+    "-> (Tensor x_to_y, Tensor y_to_x, Tensor y_of_x, Tensor x_of_y)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# A direction without a gradient takes no part. Winners with no rows are found again. What is not needed comes back with no rows.
+torch.library.define(
+    "vlpfast::maxsim_bwd",
+    "(Tensor? grad_x_to_y, Tensor? grad_y_to_x, Tensor x, Tensor y, Tensor x_start, Tensor y_start, Tensor? x_keep, "
+    "Tensor? y_keep, SymInt x_longest, SymInt y_longest, SymInt? candidates, bool mean, bool zero, "
+    "Tensor y_of_x, Tensor x_of_y, bool need_x, bool need_y) -> (Tensor dx, Tensor dy)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def maxsim_index_dtype(longest: int) -> torch.dtype:
+    """What holds the places in a set of so many tokens; int16 holds the bits of an unsigned number."""
+    return torch.uint8 if longest <= 1 << 8 else torch.int16 if longest <= 1 << 16 else torch.int32
+
+
+@torch.library.register_fake("vlpfast::maxsim_fwd")
+def _(x: Tensor, y: Tensor, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates, want_x_to_y, want_y_to_x,
+      mean, zero, keep_winners):  # fmt: skip
+    m = x_start.shape[0] - 1
+    columns = y_start.shape[0] - 1 if candidates is None else candidates
+    new = {"dtype": accumulate_dtype(x.dtype)}
+    y_of_x = (columns if keep_winners and want_x_to_y else 0, x.shape[0])
+    x_of_y = ((m if candidates is None else 1) if keep_winners and want_y_to_x else 0, y.shape[0])
+    return (
+        x.new_empty((m if want_x_to_y else 0, columns), **new),
+        x.new_empty((m if want_y_to_x else 0, columns), **new),
+        x.new_empty(y_of_x, dtype=maxsim_index_dtype(y_longest)),
+        x.new_empty(x_of_y, dtype=maxsim_index_dtype(x_longest)),
+    )
+
+
+@torch.library.register_fake("vlpfast::maxsim_bwd")
+def _(grad_x_to_y, grad_y_to_x, x: Tensor, y: Tensor, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
+      mean, zero, y_of_x, x_of_y, need_x, need_y):  # fmt: skip
+    return (
+        x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
+        y.new_empty((y.shape[0] if need_y else 0, y.shape[1])),
+    )

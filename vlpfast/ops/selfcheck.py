@@ -23,6 +23,8 @@ from vlpfast.ops.contrastive import (
     softplus,
 )
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
+from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
+from vlpfast.ops.maxsim import maxsim
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -102,6 +104,11 @@ def _distilled_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tenso
     return (distilled_contrastive_loss(x, y[:n], x_t, y[:n].roll(1, 1), scale, 0.4, row_negatives=y, col_negatives=x),)
 
 
+def _maxsim(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    x_sets, y_sets = (torch.tensor([0, len(t) // 2, len(t)], device=t.device) for t in (x, y))
+    return maxsim(x, y, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -112,6 +119,7 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "linear_cross_entropy": (_linear_cross_entropy, pair.KERNELS),
     "pair_distill": (_pair_distill, distill.KERNELS),
     "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
+    "maxsim": (_maxsim, MAXSIM_KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 

@@ -242,9 +242,7 @@ class PairDistill(torch.autograd.Function):
     @staticmethod
     def forward(backend, x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep):
         operator = torch.ops.vlpfast.pair_distill_fwd_triton if backend == "triton" else torch.ops.vlpfast.pair_distill_fwd
-        return operator(
-            x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep
-        )
+        return operator(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids, want_slopes, keep)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

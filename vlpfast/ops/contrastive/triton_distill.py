@@ -89,7 +89,22 @@ def _distilled_sums(
             )
             if y_t is None:
                 t = products(
-                    x_t, y, rows, columns, M, N, E, x_t_row, x_t_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_E, PRECISION
+                    x_t,
+                    y,
+                    rows,
+                    columns,
+                    M,
+                    N,
+                    E,
+                    x_t_row,
+                    x_t_column,
+                    y_row,
+                    y_column,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                    EVEN_E,
+                    PRECISION,
                 )
             else:
                 t = products(
@@ -240,9 +255,7 @@ def _distilled_weights(
     )
     weight = tl.load(weights_t + rows, mask=inside, other=0.0)[:, None]
     p = weight * tl.exp2((tl.where(kept, t, float("-inf")) - tl.load(shifts_t + rows, mask=inside, other=0.0)[:, None]) * LOG2E)
-    s = products(
-        x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_D, PRECISION
-    )
+    s = products(x, y, rows, columns, M, N, D, x_row, x_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_D, PRECISION)
     s -= tl.load(origin + rows, mask=inside, other=0.0)[:, None]
     weight = tl.load(weights + rows, mask=inside, other=0.0)[:, None]
     shift = tl.load(shifts + rows, mask=inside, other=0.0)[:, None]
@@ -296,7 +309,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (m, d), n, e = x.shape, y.shape[0], x_t.shape[1]
     if keep or (want_slopes and max(d, e) > TRITON_WIDTH):
-        raise ValueError(f"pair_distill_fwd_triton: expected keep = 0 and slopes up to a width of {TRITON_WIDTH}, got {keep}, {d}, {e}")
+        raise ValueError(
+            f"pair_distill_fwd_triton: expected keep = 0 and slopes up to a width of {TRITON_WIDTH}, got {keep}, {d}, {e}"
+        )
     pairs = Distillation.of(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids)
     whole = max(d, e) <= TRITON_WIDTH
     chosen = tile("distill_sums", x)
@@ -319,7 +334,22 @@ def forward(
     )  # fmt: skip
     student, teacher, cross = (x.new_empty(m, **new) for _ in range(3))
     stats, slopes = x.new_empty(6, m, **new), x.new_empty(2 if want_slopes else 0, m, d, **new)
-    taken = ("origin", "origin_t", "scale", "scale_t", "y", "own", "M", "N", "D", "y_row", "y_column", "own_stride", "own_offset", "OWN")
+    taken = (
+        "origin",
+        "origin_t",
+        "scale",
+        "scale_t",
+        "y",
+        "own",
+        "M",
+        "N",
+        "D",
+        "y_row",
+        "y_column",
+        "own_stride",
+        "own_offset",
+        "OWN",
+    )
     launch(
         _merge_distilled, (m, max(1, cdiv(d, 64)) if want_slopes else 1),
         student=student, teacher=teacher, cross=cross, stats=stats, slopes=slopes if want_slopes else None, sums=sums,

@@ -177,7 +177,9 @@ def forward(
 
     dtype, (_, width) = stash_dtype("triton", x.dtype), stash_shape(m, n, 0)
     product = (need_x or need_y) and x.shape[1] > 0
-    bytes_of_a_row = max(width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0)
+    bytes_of_a_row = max(
+        width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0
+    )
     pieces = list(chunks(0, m, bytes_of_a_row, WORKSPACE_BYTES)) or [(0, 0)]
     workspace = x.new_empty(pieces[0][1], width, dtype=dtype) if product else None
     for i, (begin, end) in enumerate(pieces):
