@@ -1,8 +1,8 @@
 """pair_softplus in Triton: pair_softplus_triton of vlpfast/ops/_schemas.py; csrc/contrastive/softplus.cpp explains it.
 
-Rows come in chunks: a tile of the logits gives its sums at once and leaves P = dLoss/dS = weight * sigmoid(S) in a workspace, from
-which two products make the gradients as those of pair_logsumexp are made (triton_gradient.py). The gradients of scale and bias are
-sums over the tile, in float32, before P is rounded: where they alone are wanted there is one product.
+Rows come in chunks: a tile of the logits gives its sums at once and leaves P = dLoss/dS = weight * sigmoid(S) in a workspace,
+from which two products make the gradients as those of pair_logsumexp are made (triton_gradient.py). The gradients of scale and
+bias are sums over the tile, in float32, before P is rounded: where they alone are wanted there is one product.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _softplus(
         for i in tl.static_range(4):
             part = a if i == 0 else b if i == 1 else c if i == 2 else d
             loss, dots = _columns_of_tile(
-                part, loss, dots, dot_partial is not None, column_partial, kept_rows, factor, weight, bias, own, row_ids, column_ids,
-                rows, block_column * BLOCK_N + i * QUARTER + tl.arange(0, QUARTER), block_row, M, N, kept_row, bias_stride,
+                part, loss, dots, dot_partial is not None, column_partial, kept_rows, factor, weight, bias, own, row_ids,
+                column_ids, rows, block_column * BLOCK_N + i * QUARTER + tl.arange(0, QUARTER), block_row, M, N, kept_row, bias_stride,
                 own_stride, own_offset, row_ids_stride, column_ids_stride, OWN, EVEN,
             )  # fmt: skip
     else:
@@ -177,7 +177,9 @@ def forward(
 
     dtype, (_, width) = stash_dtype("triton", x.dtype), stash_shape(m, n, 0)
     product = (need_x or need_y) and x.shape[1] > 0
-    bytes_of_a_row = max(width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0)
+    bytes_of_a_row = max(
+        width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0
+    )
     pieces = list(chunks(0, m, bytes_of_a_row, WORKSPACE_BYTES)) or [(0, 0)]
     workspace = x.new_empty(pieces[0][1], width, dtype=dtype) if product else None
     for i, (begin, end) in enumerate(pieces):
