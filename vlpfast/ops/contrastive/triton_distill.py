@@ -1,10 +1,10 @@
 """pair_distill in Triton: pair_distill_fwd_triton and pair_distill_bwd_triton of vlpfast/ops/_schemas.py.
 
-See csrc/contrastive/distill.cpp for the form of the sums. Rows may be few and columns many: a program goes over some columns for a
-block of rows, with running maxima, and a second kernel merges what the programs found. Of narrow features (triton_width) a tile of
-y is read once, for student and teacher and, where only x needs a gradient, for the sums E_s y and E_t y that make it: the backward
-then has no product. Otherwise the backward makes P = dLoss/dS again, some rows at a time, and multiplies it as pair_logsumexp's
-weights are multiplied (triton_gradient.py); nothing is kept.
+See csrc/contrastive/distill.cpp for the form of the sums. Rows may be few and columns many: a program goes over some columns for
+a block of rows, with running maxima, and a second kernel merges what the programs found. Of narrow features (triton_width) a tile
+of y is read once, for student and teacher and, where only x needs a gradient, for the sums E_s y and E_t y that make it: the
+backward then has no product. Otherwise the backward makes P = dLoss/dS again, some rows at a time, and multiplies it as
+pair_logsumexp's weights are multiplied (triton_gradient.py); nothing is kept.
 """
 
 from __future__ import annotations
