@@ -119,7 +119,8 @@ def compile_launch(launch: Launch, chip: str) -> tuple[Any, dict[str, int]]:
     options = {k: v for k, v in launch.arguments.items() if k not in names}
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", int(chip.removeprefix("sm_")), 32), options=options)
-    return compiled, {k: v for k, v in launch.arguments.items() if k.startswith("BLOCK_") or k == "GROUP"} | options
+    shown = ("GROUP", "num_warps", "num_stages")
+    return compiled, {k: v for k, v in launch.arguments.items() if k.startswith("BLOCK_") or k in shown}
 
 
 def read(compiled: Any) -> tuple[int, int, int, dict[str, int]]:

@@ -46,6 +46,7 @@ def recording(architecture: str) -> Iterator[list[Launch]]:
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """kernel[grid](...), unless the grid is empty."""
+    arguments["enable_fp_fusion"] = True  # the default differs between versions of Triton
     if _recorded is not None:
         _recorded[1].append(Launch(kernel, grid, arguments))
     elif 0 not in grid:

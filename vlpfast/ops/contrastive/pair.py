@@ -75,11 +75,12 @@ def pair_logsumexp(x, y, scale, *, own=0, leave_out=None, bias=None, directions=
             others again: three matrix products if all fit, four (and no memory that grows with M * N) if none does.
 
     Returns:
-        rows [M], cols [N] in float32 (float64 for float64 features); -inf where every pair is left out.
+        rows [M], cols [N] in float32 (float64 for float64 features); -inf where every pair is left out. On a GPU float32 products
+        are sums of three tf32 products, and float64 runs on the reference backend, which holds the matrix whole.
 
     Raises:
         TypeError, ValueError: a wrong argument, named. The values in `own` are checked only where they are on the host (on a
-            device under VLPFAST_DEBUG=1).
+            device under VLPFAST_DEBUG=1); on a GPU a column that does not exist gives NaN.
     """
     x, y, scale, bias = _checked(x, y, scale, own, leave_out, bias, directions, stash_bytes)
     device = x.device.type
