@@ -99,8 +99,8 @@ def _centred_gradient(
 ):  # fmt: skip
     """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others].
 
-    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it. Without line_weights
-    what is kept are the weights themselves.
+    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it. Without
+    line_weights what is kept are the weights themselves.
     """
     if exact is not None:
         if tl.load(exact) != 0:
