@@ -50,7 +50,7 @@ def teacher(**more: Any) -> Inputs:
 
 
 def distilled() -> Inputs:
-    return teacher(alpha=torch.tensor(0.4), row_negatives=torch.ones(3, D), col_negatives=torch.ones(2, D))
+    return teacher(row_negatives=torch.ones(3, D), col_negatives=torch.ones(2, D))
 
 
 def matryoshka(x: Tensor, y: Tensor, scale: Any) -> Tensor:
@@ -77,7 +77,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[], Inputs], dict[str, s
     "group_contrastive_loss, adaptive": (
         lambda **a: contrastive.group_contrastive_loss(**a, group_size=2, positives="adaptive"), sides, {},
     ),
-    "distilled_contrastive_loss": (contrastive.distilled_contrastive_loss, distilled, {}),
+    "distilled_contrastive_loss": (lambda **a: contrastive.distilled_contrastive_loss(**a, alpha=0.4), distilled, {}),
     "local_global_loss": (contrastive.local_global_loss, locals_, {}),
     "sigmoid_loss": (contrastive.sigmoid_loss, with_bias, {}),
     "sharded_clip_loss": (contrastive.sharded_clip_loss, sides, {}),
@@ -128,6 +128,7 @@ def test_features_that_are_none_reach_the_loss(backend: str) -> None:
     """On either backend, wherever they are, and in the gradients too."""
     if backends.available()[backend]:
         pytest.skip("waits for the compiled library vlpfast/_C.so")
+    apart = {("distilled_contrastive_loss", "y")}  # compared with momentum keys alone: nothing of it reaches x
     for name, (function, inputs, _) in LOSSES.items():
         for wrong in ("x", "y"):
             for i in range(N) if wrong in inputs() else ():
@@ -137,7 +138,7 @@ def test_features_that_are_none_reach_the_loss(backend: str) -> None:
                 with backends.use(backend):
                     loss = function(**bad)
                 assert loss.isnan(), (name, wrong, i)
-                if i == 0 and name != "lit_loss":
+                if i == 0 and (name, wrong) not in apart and name != "lit_loss":
                     loss.backward()
                     assert bad["x"].grad.isnan().any(), (name, wrong)
 
