@@ -77,7 +77,7 @@ struct Link {
 template <class T>
 VLPFAST_CLONES void add_linked(T* out, Rows<T> rows, const std::vector<Link>& links, T weight, int64_t width) {
     for (const Link& link : links) {
-        T* const to = out + link.to * width;
+        T* __restrict const to = out + link.to * width;
         const T* const from = rows.data + link.from * rows.stride;
         for (int64_t d = 0; d < width; ++d)
             to[d] += weight * from[d];

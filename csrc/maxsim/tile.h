@@ -33,22 +33,31 @@ products(const typename L::Scalar* panel, const typename L::Scalar* row, int64_t
     const typename L::Scalar* at[(rows + 3) / 4]; // every fourth row: the others are reached by an index register
     for (int q = 0; q < (rows + 3) / 4; ++q)
         at[q] = row + 4 * q * stride;
-    for (int64_t d = 0; d < depth; ++d) {
-        V right[vectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < vectors; ++v)
-            right[v] = L::load(panel + v * L::width);
+    constexpr int64_t kLine = 64 / sizeof(typename L::Scalar);
+    const typename L::Scalar* ahead = row + 2 * rows * stride; // the tile after the next, where tokens lie densely
+    for (int64_t d = 0; d < depth;) {
 #pragma GCC unroll 32
-        for (int i = 0; i < rows; ++i) {
-            const V left = L::set(at[i / 4][i % 4 * stride]);
+        for (int i = 0; i < rows; ++i)
+            __builtin_prefetch(ahead + i * kLine);
+        ahead += rows * kLine;
+#pragma GCC unroll 1
+        for (const int64_t end = std::min(depth, d + kLine); d < end; ++d) {
+            V right[vectors];
 #pragma GCC unroll 8
             for (int v = 0; v < vectors; ++v)
-                sum[i][v] = L::multiply_add(left, right[v], sum[i][v]);
-        }
-        panel += vectors * L::width;
+                right[v] = L::load(panel + v * L::width);
+#pragma GCC unroll 32
+            for (int i = 0; i < rows; ++i) {
+                const V left = L::set(at[i / 4][i % 4 * stride]);
 #pragma GCC unroll 8
-        for (int q = 0; q < (rows + 3) / 4; ++q)
-            ++at[q];
+                for (int v = 0; v < vectors; ++v)
+                    sum[i][v] = L::multiply_add(left, right[v], sum[i][v]);
+            }
+            panel += vectors * L::width;
+#pragma GCC unroll 8
+            for (int q = 0; q < (rows + 3) / 4; ++q)
+                ++at[q];
+        }
     }
 #pragma GCC unroll 32
     for (int i = 0; i < rows; ++i) {
