@@ -58,7 +58,7 @@ def _solve(similarity: np.ndarray, row_kept: np.ndarray, column_kept: np.ndarray
         distance, before, done = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool)
         row, length, last = start, 0.0, -1
         while row >= 0:  # Dijkstra over the columns until one is free
-            reduced = length + cost[row] - u[row] - v
+            reduced = (length - u[row]) + cost[row] - v
             shorter = ~done & (reduced < distance)
             distance[shorter], before[shorter] = reduced[shorter], last
             last = int(np.where(done, np.inf, distance).argmin())

@@ -309,7 +309,7 @@ def _token_maxima(x, y, x_mask, y_mask, chunk_bytes) -> tuple[Tensor, Tensor]:
     """Each token's largest product with all kept tokens of the other side, [M, P] and [N, T]; -inf for masked ones."""
     dtype = accumulate_dtype(torch.promote_types(x.dtype, y.dtype))
     (m, p), (n, t) = x.shape[:2], y.shape[:2]
-    a, b = x.reshape(m * p, -1).to(dtype), y.reshape(n * t, -1).to(dtype)
+    a, b = x.reshape(m * p, x.shape[2]).to(dtype), y.reshape(n * t, y.shape[2]).to(dtype)
     a_mask, b_mask = (None if mask is None else mask.flatten() for mask in (x_mask, y_mask))
     rows = max(1, chunk_bytes // (max(1, n * t) * dtype.itemsize))
     x_best, y_best = [], b.new_full((n * t,), -math.inf)

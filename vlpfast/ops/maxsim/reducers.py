@@ -214,13 +214,14 @@ class _Gradient(torch.autograd.Function):
     def forward(grad, x, y, x_mask, y_mask, score: Score, steps: tuple[int, int]) -> tuple[Tensor, Tensor]:
         dx: list[Tensor] = []
         dy: dict[int, Tensor] = {}
-        for a in _slices(x.shape[0], steps[0]):
-            row = None
-            for b in _slices(y.shape[0], steps[1]):
-                more_x, more_y = score(x[a], y[b], x_mask[a], y_mask[b], grad[a, b])
-                row = more_x if row is None else row + more_x
-                dy[b.start] = dy[b.start] + more_y if b.start in dy else more_y
-            dx.append(row)
+        with torch.autocast(x.device.type, enabled=False):  # a backward may be called where it is on
+            for a in _slices(x.shape[0], steps[0]):
+                row = None
+                for b in _slices(y.shape[0], steps[1]):
+                    more_x, more_y = score(x[a], y[b], x_mask[a], y_mask[b], grad[a, b])
+                    row = more_x if row is None else row + more_x
+                    dy[b.start] = dy[b.start] + more_y if b.start in dy else more_y
+                dx.append(row)
         return torch.cat(dx), torch.cat(list(dy.values()))
 
     @staticmethod
