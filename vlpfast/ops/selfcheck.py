@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlpfast.ops import backends, contrastive
+from vlpfast.ops import backends, contrastive, maxsim
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -58,8 +58,14 @@ def _sigmoid_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Te
     return (contrastive.sigmoid_loss(x, y, scale, bias[0] - 10, own=len(y) - len(x)),)
 
 
+def _maxsim(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    x_sets, y_sets = (torch.tensor([0, len(t) // 2, len(t)], device=t.device) for t in (x, y))
+    return maxsim.maxsim(x, y, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
+
+
 _CASES: dict[str, Callable[..., tuple[Tensor, ...]]] = {"pair_logsumexp": _pair_logsumexp, "clip_loss": _clip_loss}
 _CASES |= {"pair_softplus": _pair_softplus, "sigmoid_loss": _sigmoid_loss}
+_CASES |= {"maxsim": _maxsim}
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 
 
