@@ -15,7 +15,7 @@ from test_maxsim_losses import Largest, assert_same, mask, tokens, value_and_gra
 from torch import Tensor
 
 from vlpfast.ops import backends
-from vlpfast.ops.maxsim import assignment_sim, attention_sim, maxsim, score_contrastive_loss, topk_mean_sim
+from vlpfast.ops.maxsim import assignment_sim, attention_sim, maxsim, score_contrastive_loss, topk_mean_sim, xtr_sim
 from vlpfast.ops.maxsim.assignment import assignment
 
 pytestmark = pytest.mark.skipif(bool(backends.available()["cpp"]), reason="waits for the compiled library vlpfast/_C.so")
@@ -146,7 +146,7 @@ def test_reducers_are_their_formulas(name: str, sides: tuple[int, int], masks: t
 
 @pytest.mark.parametrize("name", [n for n in REDUCERS if n not in ("assignment, sinkhorn", "assignment, 0 rounds")])
 def test_gradients_by_finite_differences(name: str) -> None:
-    x, y = tokens(2, 4, 3, 0).requires_grad_(), (2 * tokens(2, 5, 3, 1)).requires_grad_()
+    x, y = tokens(2, 4, 2, 0).requires_grad_(), (2 * tokens(2, 5, 2, 1)).requires_grad_()
     masks = mask(2, 4, 2), torch.tensor([[True] * 4 + [False], [True, False, True, True, True]])
     assert torch.autograd.gradcheck(lambda x, y: REDUCERS[name][0](x, y, *masks, chunk_bytes=300), (x, y))
 
@@ -214,6 +214,42 @@ def test_simcrop_regions_of_the_best_patches() -> None:
 
     found = attention_sim(sentences, patches, None, seen, temp1=0, temp2=None, top_k=2)
     torch.testing.assert_close(found, pairwise(one)(sentences, patches, None, seen))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4000, 1 << 26])
+@pytest.mark.parametrize("k", [1, 4, 15, 100])
+@pytest.mark.parametrize("masks", [(), MASKS])
+def test_xtr_scores_what_is_retrieved(masks: tuple[Tensor, ...], k: int, chunk_bytes: int) -> None:
+    x, y = tokens(4, 4, 7, 0), tokens(5, 6, 7, 1)
+
+    def dense(x: Tensor, y: Tensor) -> Tensor:
+        x_mask, y_mask = masks or (torch.ones(4, 4).bool(), torch.ones(5, 6).bool())
+        scores = []
+        for a, a_kept in zip(x, x_mask, strict=True):
+            s = torch.einsum("pd,ntd->pnt", a[a_kept], y).masked_fill(~y_mask, -math.inf)
+            least = s.flatten(1).sort(1, descending=True).values[:, min(k, int(y_mask.sum())) - 1]
+            best = s.masked_fill(s < least[:, None, None], -math.inf).amax(2)  # [P, N]
+            there = best > -math.inf
+            scores.append(torch.where(there, best, 0).sum(0) / there.sum(0).clamp(min=1))
+        return torch.stack(scores)
+
+    torch.testing.assert_close(xtr_sim(x, y, k, *masks, chunk_bytes=chunk_bytes), dense(x, y))
+    found = value_and_gradients(weighted(lambda x, y: xtr_sim(x, y, k, *masks, chunk_bytes=chunk_bytes)), x, y)
+    assert_same(found, value_and_gradients(weighted(dense), x, y))
+    if k == 100:  # everything is
+        torch.testing.assert_close(xtr_sim(x, y, k, *masks), maxsim(x, y, *masks, directions="x_to_y"))
+
+
+def test_xtr_ties_and_nothing() -> None:
+    x, y = torch.ones(1, 1, 2), torch.ones(3, 2, 2, requires_grad=True)
+    scores = xtr_sim(x, y, 3)
+    assert scores.tolist() == [[2, 2, 0]]
+    (gradient,) = torch.autograd.grad(scores.sum(), y)
+    assert gradient[..., 0].tolist() == [[1, 0], [1, 0], [0, 0]]
+    nothing = xtr_sim(x, y, 3, None, torch.zeros(3, 2).bool())
+    assert not nothing.any() and not torch.autograd.grad(nothing.sum(), y)[0].any()
+    for m, p, n, t in ((0, 1, 3, 2), (1, 0, 3, 2), (1, 1, 0, 2), (1, 1, 3, 0)):
+        assert torch.equal(xtr_sim(torch.ones(m, p, 2), torch.ones(n, t, 2), 1), torch.zeros(m, n))
 
 
 # --- one-to-one -------------------------------------------------------------------------------------------------------
@@ -423,6 +459,7 @@ WRONG: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
     r"k: expected an int >= 1 or a float in \(0, 1\], got 1.5": (ValueError, lambda: topk_mean_sim(ONES, ONES, 1.5)),
     "k: expected an int or a float, got bool": (TypeError, lambda: topk_mean_sim(ONES, ONES, True)),
     "reduction: expected 'mean' or 'sum', got 'max'": (ValueError, lambda: topk_mean_sim(ONES, ONES, 1, reduction="max")),
+    "k: expected an int, got float": (TypeError, lambda: xtr_sim(ONES, ONES, 0.5)),
     r"y: expected shape \[N, T, D\], got \(4, 3\)": (ValueError, lambda: attention_sim(ONES, ONES[:, 0])),
     "y: expected width 3 as x has, got 2": (ValueError, lambda: attention_sim(ONES, ONES[..., :2])),
     r"y_mask: expected shape \(4, 2\), got \(4, 3\)": (

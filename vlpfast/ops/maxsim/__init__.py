@@ -2,7 +2,7 @@
 
 from vlpfast.ops.maxsim.losses import filip_loss, maxsim_sigmoid_loss, score_contrastive_loss, token_filter
 from vlpfast.ops.maxsim.maxsim import KERNELS, maxsim
-from vlpfast.ops.maxsim.reducers import assignment_sim, attention_sim, topk_mean_sim
+from vlpfast.ops.maxsim.reducers import assignment_sim, attention_sim, topk_mean_sim, xtr_sim
 from vlpfast.ops.maxsim.topk import maxsim_topk
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "score_contrastive_loss",
     "token_filter",
     "topk_mean_sim",
+    "xtr_sim",
 ]

@@ -1,4 +1,4 @@
-"""Scores of pairs of token sets by other rules than the largest product: the best k, attention, one-to-one assignment.
+"""Scores of pairs of token sets by other rules than the largest product: the best k, XTR, attention, one-to-one assignment.
 
 All pairs [M, N] are scored in pieces and the pieces made again in the backward, so that nothing of the size of all products of
 tokens is held. Plain torch, in the accumulating dtype: half types are converted, not multiplied in.
@@ -67,6 +67,50 @@ def topk_mean_sim(
         return best / count.clamp(min=1).to(similarity.dtype)
 
     return _weighted(x, y, x_mask, y_mask, weights, normalize, chunk_bytes)
+
+
+def xtr_sim(
+    x: Tensor,
+    y: Tensor,
+    k: int,
+    x_mask: Tensor | None = None,
+    y_mask: Tensor | None = None,
+    *,
+    normalize: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """XTR's score of queries and the documents of a batch, of whose tokens only those count that a query token retrieves: [M, N].
+
+        score[m, n] = sum over p of max over t in R[m, p] of n of <x[m, p], y[n, t]>, over the number of p that have one there
+
+    R[m, p] are the k kept tokens of all documents together that are nearest to x[m, p], on ties those of the lowest index;
+    negative products among them count as they are. The gradient goes to the winners, on ties to the lowest index.
+
+    Args:
+        x, y: [M, P, D] and [N, T, D]; dtypes, masks and normalize as in `maxsim`.
+        k: of all tokens in y.
+        chunk_bytes: see `topk_mean_sim`; here the least is the products of one of x with all of y.
+
+    Returns:
+        [M, N] float32 (float64 for float64 tokens); 0, without gradient, for a pair of which nothing is retrieved.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named.
+
+    Lee et al. 2023, "Rethinking the role of token retrieval in multi-vector retrieval".
+    """
+    check_count("k", k, 1)
+
+    def weights(similarity: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        m, n, p, t = similarity.shape
+        kept = similarity.masked_fill(~columns[:, :, None], -math.inf)
+        together = kept.transpose(1, 2).reshape(m, 1, p, n * t)  # of one x token all y tokens
+        retrieved = _best(together, columns.reshape(1, 1, n * t), k).reshape(m, p, n, t).transpose(1, 2)
+        retrieved = retrieved & rows[..., None] & columns[:, :, None]
+        first = _best(kept.masked_fill(~retrieved, -math.inf), columns, 1) & retrieved
+        return first / first.sum((2, 3), keepdim=True).clamp(min=1).to(similarity.dtype)
+
+    return _weighted(x, y, x_mask, y_mask, weights, normalize, chunk_bytes, whole=True)
 
 
 def assignment_sim(
@@ -230,7 +274,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError("topk_mean_sim, assignment_sim, attention_sim: second derivatives are not made")
+        raise NotImplementedError("topk_mean_sim, xtr_sim, assignment_sim, attention_sim: second derivatives are not made")
 
 
 def _slices(count: int, step: int) -> Iterator[slice]:
@@ -238,8 +282,8 @@ def _slices(count: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, max(1, count), step))
 
 
-def _score(x, y, x_mask, y_mask, score: Score, normalize, chunk_bytes, *, attended: bool = False) -> Tensor:
-    """attended: whether features of y are made for every token of x, beside the products."""
+def _score(x, y, x_mask, y_mask, score: Score, normalize, chunk_bytes, *, attended=False, whole=False) -> Tensor:
+    """attended: whether features of y are made for every token of x, beside the products; whole: y never comes in pieces."""
     check_flag("normalize", normalize)
     check_count("chunk_bytes", chunk_bytes, 1)
     check_tokens("x", x, x_mask, None, "[M, P, D]")
@@ -251,7 +295,7 @@ def _score(x, y, x_mask, y_mask, score: Score, normalize, chunk_bytes, *, attend
     dtype = accumulate_dtype(x.dtype)
     p, width, (n, t) = *x.shape[1:], y.shape[:2]
     pairs = max(1, chunk_bytes // max(1, dtype.itemsize * p * (t + width * attended)))
-    columns = min(max(1, n), pairs)
+    columns = max(1, n) if whole else min(max(1, n), pairs)
     with torch.autocast(x.device.type, enabled=False):
         x, x_mask = _prepared(x, x_mask, dtype)
         y, y_mask = _prepared(y, y_mask, dtype)
@@ -265,7 +309,7 @@ def _prepared(tokens: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[
     return tokens.to(dtype).masked_fill(~mask[..., None], 0), mask
 
 
-def _weighted(x, y, x_mask, y_mask, weights: Weights, normalize, chunk_bytes) -> Tensor:
+def _weighted(x, y, x_mask, y_mask, weights: Weights, normalize, chunk_bytes, *, whole=False) -> Tensor:
     """Scores that are sums of products with weights which the gradient takes as they are."""
 
     def score(x: Tensor, y: Tensor, x_mask: Tensor, y_mask: Tensor, grad: Tensor | None) -> Any:
@@ -276,7 +320,7 @@ def _weighted(x, y, x_mask, y_mask, weights: Weights, normalize, chunk_bytes) ->
             return (plan * similarity).sum((2, 3))  # a product that is NaN makes NaN whatever its weight
         return _to_tokens(grad[..., None, None] * plan, x, y)
 
-    return _score(x, y, x_mask, y_mask, score, normalize, chunk_bytes)
+    return _score(x, y, x_mask, y_mask, score, normalize, chunk_bytes, whole=whole)
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
