@@ -61,7 +61,7 @@ struct Avx2 {
 } // namespace
 
 const Kernel<float>* avx2_kernel() {
-    static constexpr Kernel<float> kernel{"AVX2", Avx2::width, Avx2::width * Avx2::most, run<Avx2>};
+    static constexpr Kernel<float> kernel{Avx2::width, Avx2::width * Avx2::most, run<Avx2>};
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &kernel : nullptr;
 }
 

@@ -49,7 +49,7 @@ struct Avx512 {
 } // namespace
 
 const Kernel<float>* avx512_kernel() {
-    static constexpr Kernel<float> kernel{"AVX512", Avx512::width, Avx512::width * Avx512::most, run<Avx512>};
+    static constexpr Kernel<float> kernel{Avx512::width, Avx512::width * Avx512::most, run<Avx512>};
     return __builtin_cpu_supports("avx512f") ? &kernel : nullptr;
 }
 

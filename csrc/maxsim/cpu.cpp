@@ -14,6 +14,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <tuple>
 
 namespace vlpfast::maxsim {
@@ -21,16 +22,16 @@ namespace {
 
 constexpr int64_t kWinnerBytes = 16 << 20; // of winners that the backward finds again at once
 
-// The widest kernel of this processor, at most that of the variable by which torch chooses its own.
+// The widest kernel of this processor, at most what the variable names by which torch chooses its own.
 template <class T> const Kernel<T>& kernel_here() {
     if constexpr (std::is_same_v<T, float>) {
         static const Kernel<float>* const found = [] {
-            const char* const limit = std::getenv("ATEN_CPU_CAPABILITY");
-            const auto allowed = [&](const char* name) { return !limit || std::strcmp(limit, name) == 0; };
-            const Kernel<float>*wide = avx512_kernel(), *narrow = avx2_kernel();
-            if (wide && (allowed("avx512") || (limit && std::strncmp(limit, "avx512", 6) == 0)))
-                return wide;
-            return narrow && !(limit && std::strcmp(limit, "default") == 0) ? narrow : portable_kernel<float>();
+            const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
+            const std::string_view limit = variable ? variable : "";
+            const Kernel<float>* widest = limit == "default" || limit == "avx2" ? nullptr : avx512_kernel();
+            if (!widest && limit != "default")
+                widest = avx2_kernel();
+            return widest ? widest : portable_kernel<float>();
         }();
         return *found;
     } else {
@@ -197,6 +198,9 @@ template <class T>
 Backward backward(const Problem<T>& p, const std::optional<Tensor>& grad_x_to_y,
                   const std::optional<Tensor>& grad_y_to_x, int64_t x_longest, int64_t y_longest, const Tensor& y_of_x,
                   const Tensor& x_of_y, ScalarType x_dtype, ScalarType y_dtype, bool need_x, bool need_y) {
+    STD_TORCH_CHECK(y_of_x.size(1) == p.x.tokens.count && y_of_x.scalar_type() == index_type(y_longest) &&
+                        x_of_y.size(1) == p.y.tokens.count && x_of_y.scalar_type() == index_type(x_longest),
+                    "expected the winners that the forward made of the same tokens");
     const Scores<T> by_x(grad_x_to_y), by_y(grad_y_to_x);
     const Gradient<T> dx(need_x, p.x.tokens, x_dtype), dy(need_y, p.y.tokens, y_dtype);
     const auto add = [&](const Output<T>& winners) {

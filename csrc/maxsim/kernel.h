@@ -19,9 +19,8 @@ template <class T> struct Job {
 };
 
 template <class T> struct Kernel {
-    const char* name; // as in torch.backends.cpu.get_cpu_capability
-    int64_t lane;     // a panel is padded to a multiple of so many lanes
-    int64_t panel;    // the most lanes of a panel
+    int64_t lane;  // a panel is padded to a multiple of so many lanes
+    int64_t panel; // the most lanes of a panel
     void (*run)(const Job<T>&);
 };
 

@@ -1,8 +1,11 @@
-// The kernel in plain C++, for double and for processors without a kernel of their own: 4 numbers to a vector, which
-// the compiler maps to what there is.
+// The kernel for double and for processors without one of their own: vectors of 16 bytes, which the compiler maps to
+// what there is (4 rows x 2 vectors, 8 sums in 16 registers).
 
 #define VLPFAST_TARGET
 #include "maxsim/tile.h"
+
+#include <cstring>
+#include <type_traits>
 
 #define VLPFAST_LANES static inline __attribute__((always_inline))
 
@@ -11,59 +14,76 @@ namespace {
 
 template <class T> struct Portable {
     using Scalar = T;
-    static constexpr int width = 4, most = 2;
+    static constexpr int width = 16 / sizeof(T), most = 2;
     static constexpr int rows(int) { return 4; }
-    template <class E> struct Array {
-        E lane[width];
+    typedef T V __attribute__((vector_size(16)));
+    struct Places {
+        int32_t lane[width];
     };
-    using V = Array<T>;
-    using Places = Array<int32_t>;
-    using Mask = Array<bool>;
+    struct Mask {
+        bool lane[width];
+    };
 
-    // Lane l of the result is f(l).
-    template <class E, class F> VLPFAST_LANES Array<E> each(const F& f) { return {{f(0), f(1), f(2), f(3)}}; }
-    template <class F> VLPFAST_LANES uint64_t bits(const F& f) {
-        return uint64_t(f(0)) | uint64_t(f(1)) << 1 | uint64_t(f(2)) << 2 | uint64_t(f(3)) << 3;
+    // f(l) in lane l
+    template <class R, class F> VLPFAST_LANES R each(const F& f) {
+        R out{};
+        for (int l = 0; l < width; ++l) {
+            if constexpr (std::is_same_v<R, V>)
+                out[l] = f(l);
+            else
+                out.lane[l] = f(l);
+        }
+        return out;
     }
 
-    VLPFAST_LANES V set(T value) {
-        return each<T>([&](int) { return value; });
-    }
+    VLPFAST_LANES V set(T value) { return V{} + value; }
     VLPFAST_LANES V load(const T* from) {
-        return each<T>([&](int l) { return from[l]; });
+        V out;
+        std::memcpy(&out, from, sizeof out);
+        return out;
     }
-    VLPFAST_LANES void store(T* to, const V& value) { std::copy_n(value.lane, width, to); }
-    VLPFAST_LANES V multiply_add(const V& a, const V& b, const V& c) {
-        return each<T>([&](int l) { return a.lane[l] * b.lane[l] + c.lane[l]; });
-    }
-    VLPFAST_LANES V add(const V& a, const V& b) {
-        return each<T>([&](int l) { return a.lane[l] + b.lane[l]; });
-    }
-    VLPFAST_LANES V max(const V& a, const V& b) {
-        return each<T>([&](int l) { return a.lane[l] > b.lane[l] ? a.lane[l] : b.lane[l]; });
+    VLPFAST_LANES void store(T* to, V value) { std::memcpy(to, &value, sizeof value); }
+    VLPFAST_LANES V multiply_add(V a, V b, V c) { return a * b + c; }
+    VLPFAST_LANES V add(V a, V b) { return a + b; }
+    VLPFAST_LANES V max(V a, V b) {
+        return each<V>([&](int l) { return a[l] > b[l] ? a[l] : b[l]; });
     }
     VLPFAST_LANES Places set_place(int32_t place) {
-        return each<int32_t>([&](int) { return place; });
+        return each<Places>([&](int) { return place; });
     }
     VLPFAST_LANES Places load_places(const int32_t* from) {
-        return each<int32_t>([&](int l) { return from[l]; });
+        return each<Places>([&](int l) { return from[l]; });
     }
     VLPFAST_LANES void store_places(int32_t* to, const Places& places) { std::copy_n(places.lane, width, to); }
-    VLPFAST_LANES Mask larger(const V& value, const V& old) {
-        return each<bool>([&](int l) { return !(value.lane[l] <= old.lane[l]) && old.lane[l] == old.lane[l]; });
+    VLPFAST_LANES Mask larger(V value, V old) {
+        return each<Mask>([&](int l) { return !(value[l] <= old[l]) && old[l] == old[l]; });
     }
-    template <class E> VLPFAST_LANES Array<E> select(const Mask& mask, const Array<E>& yes, const Array<E>& no) {
-        return each<E>([&](int l) { return mask.lane[l] ? yes.lane[l] : no.lane[l]; });
+    VLPFAST_LANES V select(const Mask& mask, V yes, V no) {
+        return each<V>([&](int l) { return mask.lane[l] ? yes[l] : no[l]; });
     }
-    VLPFAST_LANES V first(const V& value, int64_t count, T rest) {
-        return each<T>([&](int l) { return l < count ? value.lane[l] : rest; });
+    VLPFAST_LANES Places select(const Mask& mask, const Places& yes, const Places& no) {
+        return each<Places>([&](int l) { return mask.lane[l] ? yes.lane[l] : no.lane[l]; });
     }
-    VLPFAST_LANES T max_lane(const V& value) { return *std::max_element(value.lane, value.lane + width); }
-    VLPFAST_LANES uint64_t is_nan(const V& value) {
-        return bits([&](int l) { return value.lane[l] != value.lane[l]; });
+    VLPFAST_LANES V first(V value, int64_t count, T rest) {
+        return each<V>([&](int l) { return l < count ? value[l] : rest; });
     }
-    VLPFAST_LANES uint64_t equal(const V& a, const V& b) {
-        return bits([&](int l) { return a.lane[l] == b.lane[l]; });
+    VLPFAST_LANES T max_lane(V value) {
+        T out = value[0];
+        for (int l = 1; l < width; ++l)
+            out = value[l] > out ? value[l] : out;
+        return out;
+    }
+    VLPFAST_LANES uint64_t is_nan(V value) {
+        return bits(each<Mask>([&](int l) { return value[l] != value[l]; }));
+    }
+    VLPFAST_LANES uint64_t equal(V a, V b) {
+        return bits(each<Mask>([&](int l) { return a[l] == b[l]; }));
+    }
+    VLPFAST_LANES uint64_t bits(const Mask& mask) {
+        uint64_t out = 0;
+        for (int l = 0; l < width; ++l)
+            out |= static_cast<uint64_t>(mask.lane[l]) << l;
+        return out;
     }
 };
 
@@ -71,7 +91,7 @@ template <class T> struct Portable {
 
 template <class T> const Kernel<T>* portable_kernel() {
     using L = Portable<T>;
-    static constexpr Kernel<T> kernel{"DEFAULT", L::width, L::width * L::most, run<L>};
+    static constexpr Kernel<T> kernel{L::width, L::width * L::most, run<L>};
     return &kernel;
 }
 template const Kernel<float>* portable_kernel();

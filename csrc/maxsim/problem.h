@@ -92,10 +92,10 @@ template <class T> struct Side {
 struct Winners {
     void* data; // [any number, width]; null: they are not kept
     ScalarType dtype;
-    int64_t rows, width;
+    int64_t width;
 
     explicit Winners(const Tensor& t)
-        : data(t.numel() ? t.mutable_data_ptr() : nullptr), dtype(t.scalar_type()), rows(t.size(0)), width(t.size(1)) {}
+        : data(t.numel() ? t.mutable_data_ptr() : nullptr), dtype(t.scalar_type()), width(t.size(1)) {}
 
     // Calls f with a pointer to numbers of the right type.
     template <class F> void with_pointer(const F& f) const {

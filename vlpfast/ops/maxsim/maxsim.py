@@ -151,8 +151,7 @@ def _maxsim(x: _Sets, y: _Sets, candidates: int | None, directions, reduction, m
         if candidates is not None:
             shape = (x.count, candidates, y_mask.shape[1])
             padded_y, y_mask = padded_y.reshape(*shape, padded_y.shape[-1]), y_mask.reshape(shape)
-        pairs = "all" if candidates is None else "own"
-        return reference.maxsim(padded_x, padded_y, x_mask, y_mask, reduction=reduction, pairs=pairs, masked=masked)
+        return reference.maxsim(padded_x, padded_y, x_mask, y_mask, reduction=reduction, masked=masked)
     want_x, want_y = directions != "y_to_x", directions != "x_to_y"
     rows = y.count if candidates is None else candidates
     size = (
