@@ -438,6 +438,21 @@ def test_torchs_machinery(name: str) -> None:
     assert torch.equal(score(x, x), score(x, x.clone()))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["topk 3", "attention, double softmax", "assignment, exact"])
+def test_other_derivatives(name: str) -> None:
+    x, y = tokens(2, 4, 3, 0), tokens(3, 5, 3, 1)
+
+    def scores(x: Tensor) -> Tensor:
+        return REDUCERS[name][0](x, y)
+
+    torch.testing.assert_close(torch.func.jacrev(scores)(x), torch.autograd.functional.jacobian(scores, x))
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(scores, (x,), (x,))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.vmap(scores)(x.expand(2, -1, -1, -1))
+
+
 @pytest.mark.parametrize("name", ["topk 3", "attention", "assignment, exact", "assignment, sinkhorn"])
 def test_two_threads_give_the_bits_of_one(name: str, two_threads: None) -> None:
     x, y = tokens(4, 30, 33, 0).float(), tokens(5, 40, 33, 1).float()

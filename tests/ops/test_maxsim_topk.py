@@ -89,6 +89,12 @@ def test_chunks_hold_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", 20 * 72)
     maxsim_topk(QUERIES, CORPUS, 3, progress=lambda *d: done.append(d))
     assert [d for d, _ in done] == [*range(3, 37, 3), 37]
+    many = QUERIES[:1].expand(60, -1, -1)  # of scores 480 bytes a document
+    for corpus, more in ((CORPUS, {}), (CORPUS.flatten(0, 1), {"corpus_cu_seqlens": torch.arange(0, 223, 6)})):
+        done.clear()
+        monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 480)
+        maxsim_topk(many, corpus, 3, progress=lambda *d: done.append(d), **more)
+        assert [d for d, _ in done] == [*range(2, 37, 2), 37]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

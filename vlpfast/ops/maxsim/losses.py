@@ -116,7 +116,8 @@ def score_contrastive_loss(
     Raises:
         TypeError, ValueError: a wrong argument, named.
 
-    Li et al. 2023, "BLIP-2"; labels: Xia et al. 2024, "GeoX"; smoothing by pair: "NEVLP" (noise-adaptive regularisation).
+    Li et al. 2023, "BLIP-2"; labels: Xia et al. 2024, "GeoX"; smoothing by pair: "NEVLP: noise-robust framework for
+    efficient vision-language pre-training", 2024.
     """
     _check_scores(x_to_y, y_to_x)
     weights = check_directions(directions)

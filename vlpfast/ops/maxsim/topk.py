@@ -14,7 +14,7 @@ from vlpfast.ops.maxsim._checks import check_choice, check_flag, check_tokens
 from vlpfast.ops.maxsim.maxsim import maxsim
 
 Array = Tensor | np.ndarray
-CHUNK_BYTES = 1 << 26  # of a chunk's tokens in the dtype they are scored in
+CHUNK_BYTES = 1 << 26  # of a chunk's tokens in the dtype they are scored in, and of its scores
 
 
 def maxsim_topk(
@@ -47,7 +47,7 @@ def maxsim_topk(
             corpus_cu_seqlens[n] to corpus_cu_seqlens[n + 1]. A document without tokens scores 0.
         corpus_scale: [N, T] or [L] floats, for an int8 corpus alone: what each token is multiplied by (in float32).
         reduction, normalize: see `maxsim`.
-        chunk: documents at a time; None: as many as have 64 MiB of tokens.
+        chunk: documents at a time; None: as many as have 64 MiB of tokens and 64 MiB of scores.
         progress: called after each chunk with the number of documents that are done, and N.
 
     Returns:
@@ -115,17 +115,19 @@ class _Corpus:
         self.dtype = torch.float32 if self.int8 else torch.promote_types(_dtype(corpus), queries.dtype)
         self.ends = None if cu_seqlens is None else _ends(cu_seqlens, corpus.shape[0])  # [N + 1] int64, on the host
         self.count = corpus.shape[0] if self.ends is None else len(self.ends) - 1
+        self.queries = queries.shape[0]
 
     def chunks(self, chunk: int | None) -> Iterator[tuple[int, int]]:
         tokens = max(1, CHUNK_BYTES // max(1, self.corpus.shape[-1] * self.dtype.itemsize))
+        most = CHUNK_BYTES // (max(1, self.queries) * self.dtype.itemsize)
         start = 0
         while start < self.count:
             if chunk is not None:
                 end = start + chunk
             elif self.ends is None:
-                end = start + tokens // max(1, self.corpus.shape[1])
+                end = start + min(most, tokens // max(1, self.corpus.shape[1]))
             else:
-                end = int(np.searchsorted(self.ends, self.ends[start] + tokens, side="right")) - 1
+                end = min(start + most, int(np.searchsorted(self.ends, self.ends[start] + tokens, side="right")) - 1)
             end = min(self.count, max(end, start + 1))
             yield start, end
             start = end
