@@ -18,7 +18,7 @@ from vlpfast.ops.contrastive._checks import check_count
 from vlpfast.ops.contrastive._parts import common_dtype
 from vlpfast.ops.maxsim._checks import check_choice, check_flag, check_sets, check_tokens
 from vlpfast.ops.maxsim.assignment import assignment
-from vlpfast.ops.maxsim.maxsim import _unit
+from vlpfast.ops.maxsim.maxsim import unit_tokens
 
 CHUNK_BYTES = 1 << 26
 
@@ -290,7 +290,7 @@ def _score(x, y, x_mask, y_mask, score: Score, normalize, chunk_bytes, *, attend
     check_tokens("y", y, y_mask, None, "[N, T, D]")
     check_sets(x, y, x.shape[0], y.shape[0], "all")
     if normalize:
-        x, y = _unit(x), _unit(y)
+        x, y = unit_tokens(x), unit_tokens(y)
     x, y = common_dtype(x, y)
     dtype = accumulate_dtype(x.dtype)
     p, width, (n, t) = *x.shape[1:], y.shape[:2]
