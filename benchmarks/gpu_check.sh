@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build, GPU tests, a sanitizer run, benchmarks against the peers.
 #   OUT=folder      where everything is written (default: benchmarks/results/gpu)
-#   PEERS=folder    wheels of other packages to compare with (memeff, inf-cl); installed beside, never into the environment
+#   PEERS=folder    wheels of other packages to compare with (memeff, inf-cl, cut-cross-entropy, liger-kernel); installed beside
 # Needs python3 with torch and triton; builds the C++ operators if a compiler is there. Every step runs even if an earlier one
 # fails, each within its own limit: all of it ends within 9 minutes. The summary stands last and in $OUT/summary.txt.
 set -uo pipefail

@@ -149,15 +149,16 @@ void multiply(View<float> out, View<const float> a, const float* packed, int64_t
 } // namespace
 #endif
 
-template <class T> void Panels<T>::set(View<const T> b, int64_t k, int64_t n) {
+template <class T> void Panels<T>::set(View<const T> b, int64_t k, int64_t n, [[maybe_unused]] bool packed) {
     b_ = b;
     k_ = k;
     n_ = n;
 #ifdef VLPFAST_AVX512
     if constexpr (std::is_same_v<T, float>) {
-        if (!faster_here())
+        is_packed_ = packed && faster_here();
+        if (!is_packed_)
             return;
-        float* const packed = packed_.get(k * padded(n));
+        float* const data = packed_.get(k * padded(n));
         const int64_t panels = (n + kWidth - 1) / kWidth;
         parallel_for(0, panels, 1, [&](int64_t from, int64_t to) {
             for (int64_t start = 0; start < k; start += kDepth) {
@@ -165,7 +166,7 @@ template <class T> void Panels<T>::set(View<const T> b, int64_t k, int64_t n) {
                 for (int64_t p = from; p < to; ++p) {
                     const int64_t column = p * kWidth;
                     pack(b, start, depth, column, std::min(kWidth, n - column),
-                         packed + start * padded(n) + depth * column);
+                         data + start * padded(n) + depth * column);
                 }
             }
         });
@@ -176,7 +177,7 @@ template <class T> void Panels<T>::set(View<const T> b, int64_t k, int64_t n) {
 template <class T> void Panels<T>::product(View<T> out, View<const T> a, int64_t m, bool accumulate) const {
 #ifdef VLPFAST_AVX512
     if constexpr (std::is_same_v<T, float>) {
-        if (faster_here() && k_ > 0) {
+        if (is_packed_ && k_ > 0) {
             multiply(out, a, packed_.read(), m, n_, k_, accumulate);
             return;
         }

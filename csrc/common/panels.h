@@ -11,8 +11,8 @@ namespace vlpfast {
 template <class T> class Panels {
   public:
     // Reads b; in parallel outside of parallel_for, on one thread inside. `b` must stay as it is as long as products
-    // are made.
-    void set(View<const T> b, int64_t k, int64_t n);
+    // are made. Not `packed`: for products of so few rows that holding it in another order does not pay.
+    void set(View<const T> b, int64_t k, int64_t n, bool packed = true);
 
     // out [m, n] = a [m, k] @ b, added to what `out` holds if `accumulate`; inside parallel_for, one part of the work
     // each, like product().
@@ -21,6 +21,7 @@ template <class T> class Panels {
   private:
     View<const T> b_{nullptr, 0, 0};
     int64_t k_ = 0, n_ = 0;
+    bool is_packed_ = false;
     Buffer<T> packed_;
 };
 

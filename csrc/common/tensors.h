@@ -21,6 +21,8 @@
 #include <type_traits>
 #include <vector>
 
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int); // 0: the thread has no number of its own
+
 namespace vlpfast {
 
 using torch::headeronly::ScalarType;
@@ -96,6 +98,10 @@ template <class T> class Matrix {
                               [](auto*) {}); // raises here on another dtype: nothing may be thrown in parallel_for
     }
 
+    // Whether row() gives the tensor's own memory: then row i + 1 lies stride() after row i.
+    bool in_place() const { return dtype_ == kScalarType<T> && column_ == 1; }
+    int64_t stride() const { return row_; }
+
     // Rows [begin, begin + rows): the tensor's own memory where a product can read it, else a copy in `scratch`.
     View<const T> rows(int64_t begin, int64_t rows, Buffer<T>& scratch) const {
         if (in_place())
@@ -124,8 +130,6 @@ template <class T> class Matrix {
     }
 
   private:
-    bool in_place() const { return dtype_ == kScalarType<T> && column_ == 1; }
-
     void read_row(int64_t i, T* out) const {
         with_floating_pointer(data_, dtype_, [&](auto* data) {
             for (int64_t d = 0; d < width; ++d)
@@ -157,11 +161,20 @@ inline std::vector<int64_t> read_integers(const Tensor& tensor) {
     return out;
 }
 
+// While it lives, MKL (where torch has it) takes this thread for the only one.
+struct OneBlasThread {
+    const int before = MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0;
+    ~OneBlasThread() {
+        if (MKL_Set_Num_Threads_Local)
+            MKL_Set_Num_Threads_Local(before);
+    }
+};
+
 // out [m, n] = a [m, k] @ b [k, n], added to what `out` holds if `accumulate`; by torch's own BLAS.
 // Call it inside parallel_for, one part of the work each: there it runs on one thread, so that its bits do not depend
-// on the number of threads (a threaded BLAS cuts small products differently for every number). It makes tensors from
-// raw pointers and goes past the dispatcher, so no state of the calling thread (autocast, modes, function transforms)
-// matters.
+// on the number of threads (a threaded BLAS cuts small products differently for every number, MKL by the number it
+// might have used). It makes tensors from raw pointers and goes past the dispatcher, so no state of the calling thread
+// (autocast, modes, function transforms) matters.
 template <class T>
 void product(View<T> out, View<const T> a, View<const T> b, int64_t m, int64_t n, int64_t k, bool accumulate) {
     const auto tensor = [](View<const T> v, int64_t rows, int64_t columns) {
@@ -170,6 +183,7 @@ void product(View<T> out, View<const T> a, View<const T> b, int64_t m, int64_t n
                                         torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalarType<T>);
     };
     const Tensor c = tensor({out.data, out.row, out.column}, m, n), left = tensor(a, m, k), right = tensor(b, k, n);
+    const OneBlasThread here;
     if (accumulate) {
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(c.get(), c.get(), left.get(), right.get(), 1.0, 1.0));
     } else {

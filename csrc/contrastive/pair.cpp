@@ -6,7 +6,7 @@
 // backward forms P = dLoss/dS in the tile, and two further products give P y and P^T x. Pairs that stay out (own pairs
 // among them) are zeros in the tile; the own pairs' logits and gradients are made beside it.
 //
-// Two forms of the exponentials:
+// Rows alone have a kernel of their own, in rows_only.cpp. Here there are two forms of the exponentials:
 // - centred: E = exp(S - c), one shift c for the whole matrix: one exponential serves rows and columns, and E can be
 //   kept (stash), tile by tile as far as there is room;
 // - exact: each row and column has its own largest logit as shift: two exponentials. Taken when a centred sum comes
@@ -15,10 +15,8 @@
 // The partition into tiles and strips depends on the shape alone, and partial sums are added in a fixed order: the
 // number of threads changes no bit of any result.
 
+#include "contrastive/pair.h"
 #include "common/panels.h"
-#include "contrastive/problem.h"
-
-#include <tuple>
 
 namespace vlpfast::contrastive {
 namespace {
@@ -80,21 +78,12 @@ void sum_centred(const Problem<T>& p, T shift, const Stash<T>& stash, Sums<T>& r
     std::fill(kept_end, stash.data + stash.size, T(0)); // the same bits every time
 }
 
-// The running maximum of one row or column rises to `largest`: what was summed so far is rescaled.
-template <class T> void raise(double& sum, T& shift, T largest) {
-    if (!(largest > shift))
-        return;
-    sum *= std::exp(static_cast<double>(shift) - largest);
-    shift = largest;
-}
-
 template <class T> void sum_exact(const Problem<T>& p, Sums<T>& rows, Sums<T>& columns) {
     constexpr T kNone = -std::numeric_limits<T>::infinity();
     if (p.want_rows)
         std::fill(rows.shift.begin(), rows.shift.end(), kNone);
     if (p.want_columns)
         std::fill(columns.shift.begin(), columns.shift.end(), kNone);
-    const auto usable = [](T shift) { return shift == kNone ? T(0) : shift; }; // -inf - (-inf) is no number
     Panels<T> y_columns;
     Buffer<T> x_copy, y_copy, scratch, partial_buffer;
     std::vector<T> column_shift(p.column_tiles.size);
@@ -133,12 +122,9 @@ template <class T> void sum_exact(const Problem<T>& p, Sums<T>& rows, Sums<T>& c
             add_partial(partial, strips(m).count, n, columns.sum.data() + j0);
         }
     }
-    std::transform(rows.shift.begin(), rows.shift.end(), rows.shift.begin(), usable);
-    std::transform(columns.shift.begin(), columns.shift.end(), columns.shift.begin(), usable);
+    std::transform(rows.shift.begin(), rows.shift.end(), rows.shift.begin(), usable<T>);
+    std::transform(columns.shift.begin(), columns.shift.end(), columns.shift.begin(), usable<T>);
 }
-
-// rows, columns, row_stats, column_stats, exact, stash
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T> Forward forward(const Problem<T>& p, int64_t keep) {
     const Tensor stash = empty({std::min(keep, p.M() * p.N())}, kScalarType<T>);
@@ -154,14 +140,8 @@ template <class T> Forward forward(const Problem<T>& p, int64_t keep) {
     }
     const Tensor row_out = empty({p.want_rows ? p.M() : 0}, kScalarType<T>),
                  column_out = empty({p.want_columns ? p.N() : 0}, kScalarType<T>);
-    std::vector<double> own_of_column(p.N(), 0.0), own_of_row(p.M(), 0.0);
-    parallel_for(0, static_cast<int64_t>(p.own_column.size()), 64, [&](int64_t from, int64_t to) {
-        std::vector<T> x_copy(p.D()), y_copy(p.D());
-        for (int64_t i = from; i < to; ++i) {
-            const int64_t j = p.own_column[i];
-            own_of_row[i] = p.scale * dot(p.x.row(i, x_copy.data()), p.y.row(j, y_copy.data()), p.D()) + p.bias[j];
-        }
-    });
+    const std::vector<double> own_of_row = own_logits(p);
+    std::vector<double> own_of_column(p.N(), 0.0);
     if (p.want_rows) {
         T* out = row_out.mutable_data_ptr<T>();
         for (int64_t i = 0; i < p.M(); ++i)
@@ -176,9 +156,6 @@ template <class T> Forward forward(const Problem<T>& p, int64_t keep) {
     }
     return {row_out, column_out, rows.stats(), columns.stats(), exact, stash};
 }
-
-// dx, dy, dscale, dbias: empty where not needed
-using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& grad_columns, const Sums<T>& rows,
@@ -278,36 +255,9 @@ Backward backward(const Problem<T>& p, const Tensor& grad_rows, const Tensor& gr
             }
         });
     }
-    if (gy) {
-        std::vector<T> x_row(D);
-        for (size_t i = 0; i < own.size(); ++i)
-            add_scaled(gy + p.own_column[i] * D, p.x.row(i, x_row.data()), D, own[i]);
-        parallel_for(0, N, 32, [&](int64_t from, int64_t to) {
-            std::vector<T> y_row(D);
-            for (int64_t j = from; j < to; ++j) {
-                if (scale_by_y)
-                    row_dot[j] = dot(p.y.row(j, y_row.data()), gy + j * D, D);
-                store(gy + j * D, D, unit * p.scale, dy, j * D);
-            }
-        });
-    }
-
-    const Tensor dscale = empty({need_scale ? 1 : 0}, kScalarType<T>),
-                 dbias = empty({need_bias ? N : 0}, kScalarType<T>);
-    if (need_scale) {
-        double sum = 0;
-        for (const double d : row_dot)
-            sum += d;
-        *dscale.mutable_data_ptr<T>() = static_cast<T>(unit * sum);
-    }
-    if (need_bias) {
-        for (size_t i = 0; i < own.size(); ++i)
-            bias_sum[p.own_column[i]] += own[i];
-        T* out = dbias.mutable_data_ptr<T>();
-        for (int64_t j = 0; j < N; ++j)
-            out[j] = static_cast<T>(unit * bias_sum[j]);
-    }
-    return {dx, dy, dscale, dbias};
+    if (gy)
+        finish_columns(p, gy, own, unit, dy, scale_by_y ? row_dot.data() : nullptr);
+    return {dx, dy, scale_gradient<T>(row_dot, unit, need_scale), bias_gradient(p, bias_sum, own, unit, need_bias)};
 }
 
 bool in_double(const Tensor& x) {
@@ -319,7 +269,8 @@ Forward pair_fwd(const Tensor& x, const Tensor& y, const Tensor& scale, const st
                  const std::optional<Tensor>& row_ids, const std::optional<Tensor>& column_ids, bool rows, bool columns,
                  int64_t keep) {
     const auto run = [&]<class T>(T) {
-        return forward(Problem<T>(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns), keep);
+        const Problem<T> p(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns);
+        return rows && !columns ? rows_only_forward(p, keep) : forward(p, keep);
     };
     return in_double(x) ? run(double()) : run(float());
 }
@@ -331,10 +282,14 @@ Backward pair_bwd(const Tensor& grad_rows, const Tensor& grad_columns, const Ten
                   const Tensor& column_stats, const Tensor& exact, const Tensor& stash, bool need_x, bool need_y,
                   bool need_scale, bool need_bias) {
     const auto run = [&]<class T>(T) {
-        return backward(Problem<T>(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns), grad_rows,
-                        grad_columns, Sums<T>(row_stats), Sums<T>(column_stats), *exact.const_data_ptr<bool>(),
-                        Stash<const T>{stash.const_data_ptr<T>(), stash.numel()}, x.scalar_type(), y.scalar_type(),
-                        need_x, need_y, need_scale, need_bias);
+        const Problem<T> p(x, y, scale, bias, own, own_offset, row_ids, column_ids, rows, columns);
+        const Stash<const T> kept{stash.const_data_ptr<T>(), stash.numel()};
+        const ScalarType x_dtype = x.scalar_type(), y_dtype = y.scalar_type();
+        if (rows && !columns)
+            return rows_only_backward(p, grad_rows, Sums<T>(row_stats), kept, x_dtype, y_dtype, need_x, need_y,
+                                      need_scale, need_bias);
+        return backward(p, grad_rows, grad_columns, Sums<T>(row_stats), Sums<T>(column_stats),
+                        *exact.const_data_ptr<bool>(), kept, x_dtype, y_dtype, need_x, need_y, need_scale, need_bias);
     };
     return in_double(x) ? run(double()) : run(float());
 }

@@ -67,6 +67,47 @@ template <class T> VLPFAST_CLONES T max_row(const T* s, int64_t n, T* columns) {
     return largest;
 }
 
+// NaN is passed over (it shows in the sums).
+template <class T> VLPFAST_CLONES T largest_of(const T* s, int64_t n) {
+    T lanes[kLanes];
+    for (T& lane : lanes)
+        lane = -std::numeric_limits<T>::infinity();
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+        for (int l = 0; l < kLanes; ++l)
+            lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];
+    }
+    T largest = -std::numeric_limits<T>::infinity();
+    for (; j < n; ++j)
+        largest = s[j] > largest ? s[j] : largest;
+    for (const T lane : lanes)
+        largest = lane > largest ? lane : largest;
+    return largest;
+}
+
+// e = exp(s - shift), shift finite and the largest of s or above; returns the sum. e may be s.
+template <class T> VLPFAST_CLONES double exponentiate(T* e, const T* s, int64_t n, T shift) {
+    T lanes[kLanes] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+        T block[kLanes]; // all of it is read before any is written, which lets the compiler make vectors
+        for (int l = 0; l < kLanes; ++l)
+            block[l] = exponential(s[j + l] - shift);
+        for (int l = 0; l < kLanes; ++l) {
+            e[j + l] = block[l];
+            lanes[l] += block[l];
+        }
+    }
+    double sum = 0;
+    for (; j < n; ++j) {
+        e[j] = exponential(s[j] - shift);
+        sum += e[j];
+    }
+    for (const T lane : lanes)
+        sum += lane;
+    return sum;
+}
+
 // Returns the sum of exp(s - row_shift) and adds exp(s - column_shift) to `columns`.
 template <class T> VLPFAST_CLONES T exp_sum_row(const T* s, int64_t n, T row_shift, const T* column_shift, T* columns) {
     T lanes[kLanes] = {};

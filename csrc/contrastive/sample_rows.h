@@ -77,23 +77,6 @@ template <class T> VLPFAST_CLONES void scale_logits(T* s, int64_t n, T scale) {
     }
 }
 
-template <class T> VLPFAST_CLONES T largest_of(const T* s, int64_t n) {
-    T lanes[kLanes];
-    for (T& lane : lanes)
-        lane = -std::numeric_limits<T>::infinity();
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-        for (int l = 0; l < kLanes; ++l)
-            lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];
-    }
-    T largest = -std::numeric_limits<T>::infinity();
-    for (; j < n; ++j)
-        largest = s[j] > largest ? s[j] : largest;
-    for (const T lane : lanes)
-        largest = lane > largest ? lane : largest;
-    return largest;
-}
-
 // Returns the sum of exp(s - shift); shift is finite, and the row's largest or above.
 template <class T> VLPFAST_CLONES double exp_sum(const T* s, int64_t n, T shift) {
     T lanes[kLanes] = {};

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlpfast.ops import backends, contrastive
+from vlpfast.ops import backends, contrastive, maxsim
 from vlpfast.ops.selfcheck import TOLERANCES
 
 Arguments = dict[str, Any]
@@ -193,6 +193,16 @@ PAIR_CASES: dict[str, Callable[[], Arguments]] = {
     "some rows left out wholly": lambda: pairs(9, 12, 6, leave_out=(torch.arange(9) // 5, torch.zeros(12, dtype=torch.long))),
     "rows": lambda: pairs(20, 33, 6, directions="rows", bias=bias(33)),
     "rows, one column for all": lambda: pairs(20, 33, 6, directions="rows", own=torch.full((20,), 4)),
+    "rows, few of them": lambda: pairs(
+        5, 1100, 6, directions="rows", own=permutation(5, 1100), bias=bias(1100), leave_out=ids(5, 1100, 7)
+    ),
+    "rows, two tiles of them": lambda: pairs(2049, 3, 5, directions="rows", own=None),
+    "rows, no column": lambda: pairs(5, 0, 4, directions="rows", own=None),
+    "rows, none": lambda: pairs(0, 5, 4, directions="rows", bias=bias(5)),
+    "rows, width 0": lambda: pairs(3, 700, 0, directions="rows", bias=bias(700)),
+    "rows, strided": lambda: strided(20, 533, 6) | {"directions": "rows"},
+    "rows, expanded": lambda: expanded(20, 533, 6) | {"directions": "rows"},
+    "rows, long vectors": lambda: tall(long_vectors(40, 16), "y") | {"directions": "rows", "leave_out": ids(40, 2400, 9)},
     "cols": lambda: pairs(20, 33, 6, directions="cols", bias=bias(33)),
     # bias and scale
     "bias": lambda: pairs(20, 33, 6, bias=bias(33)),
@@ -342,3 +352,91 @@ OPS["distilled_contrastive_loss"] = Op(
     contrastive.distilled_contrastive_loss, contrastive.distill.KERNELS,
     ("x", "y", "x_t", "y_t", "row_negatives", "col_negatives"), ("scale",), DISTILLED_CASES,
 )  # fmt: skip
+
+
+# --- late interaction -------------------------------------------------------------------------------------------------
+
+
+def token_sets(x_shape: tuple[int, ...], y_shape: tuple[int, ...], seed: int = 0, **more: Any) -> Arguments:
+    """Vectors of unit length; the last number of both shapes is their width."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (F.normalize(torch.randn(*shape, generator=generator), dim=-1).double() for shape in (x_shape, y_shape))
+    return {"x": x, "y": y} | more
+
+
+def mask(*shape: int, share: float = 0.6, seed: int = 1) -> Tensor:
+    """True for that share of tokens; the first set has none."""
+    keep = torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < share
+    return keep.index_fill_(0, torch.arange(min(1, shape[0])), False)
+
+
+def strided_sets() -> Arguments:
+    """x with its tokens the last dimension in memory, y every second number of every second token, from its third set on."""
+    both = token_sets((4, 6, 9), (7, 20, 12))
+    x, y = both["x"].transpose(1, 2), both["y"][2:, ::2, ::2]
+    assert not x.is_contiguous() and y.storage_offset() and x.shape[2] == y.shape[2]
+    return {"x": x, "y": y}
+
+
+def masked_sets(**more: Any) -> Arguments:
+    return token_sets((5, 40, 8), (6, 30, 8), x_mask=mask(5, 40), y_mask=mask(6, 30, seed=2), **more)
+
+
+def packed_sets(**more: Any) -> Arguments:
+    x_cu_seqlens, y_cu_seqlens = torch.tensor([0, 3, 3, 40, 57]), torch.tensor([0, 0, 13, 14, 50, 51, 60, 70, 71])
+    return token_sets((57, 8), (71, 8), x_cu_seqlens=x_cu_seqlens, y_cu_seqlens=y_cu_seqlens, **more)
+
+
+MAXSIM_CASES: dict[str, Callable[[], Arguments]] = {
+    # sizes: nothing, one, around a vector of lanes (16), a panel (32) and a tile of rows (12), primes; the width too
+    "no set of x": lambda: token_sets((0, 5, 4), (3, 6, 4)),
+    "no set of y": lambda: token_sets((3, 5, 4), (0, 6, 4)),
+    "no token in x": lambda: token_sets((3, 0, 4), (2, 6, 4)),
+    "no token in y": lambda: token_sets((3, 5, 4), (2, 0, 4)),
+    "width 0": lambda: token_sets((3, 5, 0), (2, 6, 0)),
+    "one of each": lambda: token_sets((1, 1, 3), (1, 1, 3)),
+    "one token in x": lambda: token_sets((40, 1, 5), (3, 37, 5)),
+    "one token in y": lambda: token_sets((3, 37, 5), (40, 1, 5)),
+    "15, 11": lambda: token_sets((2, 15, 15), (3, 11, 15)),
+    "16, 12": lambda: token_sets((2, 16, 16), (3, 12, 16)),
+    "17, 13": lambda: token_sets((2, 17, 17), (3, 13, 17)),
+    "31, 23": lambda: token_sets((2, 31, 31), (3, 23, 31)),
+    "32, 24": lambda: token_sets((2, 32, 32), (3, 24, 32)),
+    "33, 25": lambda: token_sets((2, 33, 33), (3, 25, 33)),
+    "197, 77": lambda: token_sets((2, 197, 64), (3, 77, 64)),
+    "width 513": lambda: token_sets((2, 20, 513), (2, 30, 513)),
+    "width 1031": lambda: token_sets((1, 17, 1031), (2, 13, 1031)),
+    # what is asked for
+    "x to y": lambda: token_sets((5, 40, 8), (6, 30, 8), directions="x_to_y"),
+    "y to x": lambda: token_sets((5, 40, 8), (6, 30, 8), directions="y_to_x"),
+    "sum": lambda: token_sets((5, 40, 8), (6, 30, 8), reduction="sum"),
+    "aligned": lambda: token_sets((6, 40, 8), (6, 30, 8), pairs="aligned"),
+    "own": lambda: token_sets((5, 40, 8), (5, 7, 30, 8), pairs="own"),
+    "own, y to x": lambda: token_sets((5, 40, 8), (5, 7, 30, 8), pairs="own", directions="y_to_x"),
+    "own, none": lambda: token_sets((5, 40, 8), (5, 0, 30, 8), pairs="own"),
+    # masks, packed sets
+    "masks": lambda: masked_sets(),
+    "masks, x to y, sum": lambda: masked_sets(directions="x_to_y", reduction="sum"),
+    "masks, y to x": lambda: masked_sets(directions="y_to_x"),
+    "masks, zero": lambda: masked_sets(masked="zero"),
+    "masks, zero, y to x, sum": lambda: masked_sets(masked="zero", directions="y_to_x", reduction="sum"),
+    "everything masked": lambda: masked_sets() | {"y_mask": torch.zeros(6, 30, dtype=torch.bool)},
+    "everything masked, zero": lambda: masked_sets(masked="zero") | {"y_mask": torch.zeros(6, 30, dtype=torch.bool)},
+    "nothing masked": lambda: masked_sets() | {"x_mask": torch.ones(5, 40, dtype=torch.bool)},
+    "own, masks": lambda: token_sets((5, 40, 8), (5, 3, 30, 8), pairs="own", x_mask=mask(5, 40), y_mask=mask(5, 3, 30, seed=2)),
+    "packed": lambda: packed_sets(),
+    "packed, y to x": lambda: packed_sets(directions="y_to_x"),
+    "packed, own": lambda: packed_sets(pairs="own"),
+    "packed x, padded y": lambda: token_sets(
+        (40, 8), (6, 30, 8), x_cu_seqlens=torch.tensor([0, 3, 40], dtype=torch.int32), y_mask=mask(6, 30)
+    ),
+    # layouts
+    "strided": lambda: strided_sets(),
+    "expanded": lambda: token_sets((1, 20, 8), (6, 1, 8)) | {"x": token_sets((1, 20, 8), (1,))["x"].expand(5, 20, 8)},
+}
+
+
+OPS |= {
+    f"maxsim, {plan}": Op(with_budget(maxsim.maxsim, budget), maxsim.KERNELS, ("x", "y"), (), MAXSIM_CASES)
+    for plan, budget in (("stash", 1 << 30), ("recompute", 0))
+}

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conformance import features
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from vlpfast.ops import backends
@@ -199,6 +200,13 @@ def test_meta_tensors_take_shape_only() -> None:
     x = torch.empty(7, 3, device="meta")
     rows, cols = pair_logsumexp(x, torch.empty(9, 3, device="meta"), 1.0)
     assert rows.shape == (7,) and cols.shape == (9,) and rows.is_meta
+
+
+def test_fake_tensors_have_no_values_to_check() -> None:
+    with FakeTensorMode():
+        own = torch.zeros(7, dtype=torch.int64)
+        rows = pair_logsumexp(torch.empty(7, 3), torch.empty(9, 3), 1.0, own=own, directions="rows")
+    assert rows.shape == (7,) and rows.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("budget", "products"), [(4 << 30, 3), (0, 4)])

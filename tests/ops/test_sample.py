@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conformance import PAIR_CASES, Arguments, Op, convert, features, ids, pairs, permutation
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from vlpfast.ops import backends
 from vlpfast.ops.contrastive import sample_hard_negatives
@@ -340,7 +341,8 @@ def test_seeds() -> None:
     assert torch.equal(fixed[0], fixed[1]) and all((fixed[0] != other).any() for other in fixed[2:])
 
 
-def test_there_is_no_gradient() -> None:
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_there_is_no_gradient_and_transforms_work() -> None:
     x, y, scale = (t.requires_grad_() for t in inputs())
     for backend in THERE:
         with backends.use(backend):
@@ -353,6 +355,8 @@ def test_there_is_no_gradient() -> None:
 
             found = torch.func.grad(hardest)(x.detach(), y.detach())
             assert torch.equal(found, y[drawn[:, 0]])
+            batched = torch.func.vmap(lambda x: sample_hard_negatives(x, y.detach(), 3.0, uniform=0.1, seed=SEED))
+            assert torch.equal(batched(x.detach().expand(2, -1, -1)), drawn.expand(2, -1, -1))
     with torch.inference_mode():
         assert torch.equal(sample_hard_negatives(x, y, scale, uniform=0.1, seed=SEED), drawn)
 
@@ -416,6 +420,18 @@ def test_meta_tensors_take_shape_only() -> None:
     x, y = torch.empty(7, 3, device="meta"), torch.empty(9, 3, device="meta", dtype=torch.bfloat16)
     drawn = sample_hard_negatives(x, y, 1.0, 4, uniform=1e-4)
     assert drawn.shape == (7, 4) and drawn.is_meta and drawn.dtype == torch.int64
+
+
+@pytest.mark.parametrize("backend", THERE)
+def test_nothing_waits_for_a_device(backend: str) -> None:
+    """Fake tensors have no values: whatever looked at one would raise."""
+    with FakeTensorMode(), backends.use(backend):
+        device = torch.device(KERNELS.get(backend, "cpu"))
+        x, y, scale, seed = (torch.empty(size, device=device) for size in ((7, 3), (9, 3), (), ()))
+        row_ids, column_ids, own = (torch.empty(size, dtype=torch.int64, device=device) for size in (7, 9, 7))
+        drawn = sample_hard_negatives(x, y, scale, 4, own=own, leave_out=(row_ids, column_ids), uniform=1e-4, seed=seed.long())
+        assert drawn.shape == (7, 4) and drawn.device.type == device.type and drawn.dtype == torch.int64
+        assert sample_hard_negatives(x, y, 3.0).shape == (7, 1)
 
 
 WRONG = {

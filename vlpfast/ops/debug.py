@@ -32,15 +32,19 @@ def use(on: bool = True) -> Iterator[None]:
         _on = before
 
 
+def has_values(tensor: Tensor) -> bool:
+    """False under compilation, for meta and fake tensors, and inside function transforms."""
+    there = not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+    return there and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether its values may be looked at: on the host always, on a device if it may be waited for."""
-    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+    if not has_values(tensor):
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return _on or tensor.device.type == "cpu"
+    if tensor.device.type == "cpu":
+        return True
+    return _on and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -72,3 +72,23 @@ def _(grad_student_shape, grad_cross_shape, x_shape, y_shape, x_t_shape, *args, 
     pairs = x_shape[0] * y_shape[0]
     recomputed = 2 * (pairs - math.prod(stash_shape) // 2) * (x_shape[1] + x_t_shape[1])
     return recomputed + _product(x_shape, y_shape) * (need_x + need_y)
+
+
+def _token_pairs(x_shape, y_shape, x_start_shape, candidates) -> int:
+    """Where a set of x meets its candidates alone: as if all sets of a side were equally long."""
+    return x_shape[0] * y_shape[0] // (1 if candidates is None else max(1, x_start_shape[0] - 1))
+
+
+@register_flop_formula(torch.ops.vlpfast.maxsim_fwd)
+def _(x_shape, y_shape, x_start_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * x_shape[1] * _token_pairs(x_shape, y_shape, x_start_shape, args[5])
+
+
+@register_flop_formula(torch.ops.vlpfast.maxsim_bwd)
+def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *args, out_shape=None, **kwargs) -> int:
+    """The products that are made again; what the gradient adds up grows with the tokens, not with their pairs."""
+    y_of_x_shape, x_of_y_shape = args[8:10]
+    kept = all(
+        grad is None or winners[0] for grad, winners in ((grad_x_to_y_shape, y_of_x_shape), (grad_y_to_x_shape, x_of_y_shape))
+    )
+    return 0 if kept else 2 * x_shape[1] * _token_pairs(x_shape, y_shape, x_start_shape, args[5])

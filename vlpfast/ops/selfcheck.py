@@ -22,6 +22,9 @@ from vlpfast.ops.contrastive import (
     sigmoid_loss,
     softplus,
 )
+from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
+from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
+from vlpfast.ops.maxsim import maxsim
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -83,6 +86,11 @@ def _sample_hard_negatives(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) ->
     return (scale * (x[:, None].to(scale.dtype) * y[columns].to(scale.dtype)).sum(2),)
 
 
+def _linear_cross_entropy(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    labels = torch.arange(len(x), device=x.device) % min(len(y), 5)  # 2 is ignored, the others repeat
+    return (linear_cross_entropy(x, y, labels, bias=bias, ignore_index=2, label_smoothing=0.1, reduction="none"),)
+
+
 def _pair_distill(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     ids = torch.arange(max(len(x), len(y)), device=x.device) % 5
     own = torch.arange(len(x), device=x.device) // 2  # columns repeat
@@ -96,6 +104,11 @@ def _distilled_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tenso
     return (distilled_contrastive_loss(x, y[:n], x_t, y[:n].roll(1, 1), scale, 0.4, row_negatives=y, col_negatives=x),)
 
 
+def _maxsim(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    x_sets, y_sets = (torch.tensor([0, len(t) // 2, len(t)], device=t.device) for t in (x, y))
+    return maxsim(x, y, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -103,8 +116,10 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "pair_softplus": (_pair_softplus, softplus.KERNELS),
     "sigmoid_loss": (_sigmoid_loss, softplus.KERNELS),
     "sample_hard_negatives": (_sample_hard_negatives, sample.KERNELS),
+    "linear_cross_entropy": (_linear_cross_entropy, pair.KERNELS),
     "pair_distill": (_pair_distill, distill.KERNELS),
     "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
+    "maxsim": (_maxsim, MAXSIM_KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 

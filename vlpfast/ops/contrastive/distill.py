@@ -16,6 +16,7 @@ from vlpfast.ops.contrastive._checks import (
     check_directions,
     check_features,
     check_leave_out,
+    check_loss_scale,
     check_more_features,
     check_own,
     check_rows,
@@ -205,6 +206,7 @@ def distilled_contrastive_loss(
             check_weights(name, value, x)
     x, y, x_t, y_t, row_queue, col_queue = common_dtype(x, y, x_t, y_t, row_negatives, col_negatives)
     x_t, y_t, row_queue, col_queue = (None if t is None else t.detach() for t in (x_t, y_t, row_queue, col_queue))
+    check_loss_scale(scale)
     scale = check_scale(scale, x)
     scale_t = scale.detach() if scale_t is None else check_scale(scale_t, x, "scale_t").detach()
 

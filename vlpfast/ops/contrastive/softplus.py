@@ -80,7 +80,8 @@ def sigmoid_loss(
     """SigLIP's loss: -log sigmoid(+-(scale * x @ y.T + bias)), + for own pairs, summed over columns, the mean over rows.
 
     x is [M, D], y [N, D], unit length in SigLIP's use, where scale and bias are learned and start at 10 and -10; bias is 0-d, [N]
-    or None. See `pair_softplus` for all arguments. Returns a 0-d tensor, float32 (float64 for float64 features); 0 for M = 0.
+    or None; a scale that is a number must be > 0. See `pair_softplus` for all arguments. Returns a 0-d tensor, float32 (float64
+    for float64 features); 0 for M = 0.
     Zhai et al. 2023, "Sigmoid loss for language image pre-training".
     """
     check_loss_scale(scale)

@@ -106,9 +106,11 @@ def _supervised(x, y, scale, row_labels, col_labels, directions, max_positives, 
     listed = [_Listing(row_labels, col_labels, with_itself), _Listing(col_labels, row_labels, with_itself)]
     bound = max(x.shape[0], y.shape[0]) if max_positives is None else max_positives
     if debug.readable(row_labels) and debug.readable(col_labels):
-        bound = max(int(side.number.max()) if side.number.numel() else 0 for side in listed)
-        if max_positives is not None and bound > max_positives:
-            raise ValueError(f"max_positives: expected at least {bound}, as many as have one label, got {max_positives}")
+        most = max(int(side.number.max()) if side.number.numel() else 0 for side in listed)
+        if max_positives is not None and most > max_positives:
+            raise ValueError(f"max_positives: expected at least {most}, as many as have one label, got {max_positives}")
+        if row_labels.device.type == "cpu":  # else it was read for the check alone, which must not change what is computed
+            bound = most
     beside = bound <= LISTED_POSITIVES
     if beside:
         out = (row_labels, col_labels)

@@ -1,0 +1,72 @@
+"""The gradient of maxsim's kernels."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+class MaxSim(torch.autograd.Function):
+    """Arguments and results of torch.ops.vlpfast.maxsim_fwd (vlpfast/ops/_schemas.py); the scores have gradients.
+
+    It has no jvp of its own (Dynamo refuses a Function that has one), so forward-mode differentiation ends in torch's error.
+    """
+
+    @staticmethod
+    def forward(x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
+                want_x_to_y, want_y_to_x, mean, zero, keep):  # fmt: skip
+        return torch.ops.vlpfast.maxsim_fwd(
+            x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates, want_x_to_y, want_y_to_x, mean, zero, keep
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.x_longest, ctx.y_longest, ctx.candidates, _, _, ctx.mean, ctx.zero, _ = inputs
+        winners = output[2:]
+        ctx.save_for_backward(*tensors, *winners)
+        ctx.mark_non_differentiable(*winners)
+        ctx.set_materialize_grads(False)  # a direction without a gradient takes no part in the backward
+
+    @staticmethod
+    def backward(ctx: Any, grad_x_to_y: Tensor | None, grad_y_to_x: Tensor | None, *_: None) -> tuple:
+        x, y, x_start, y_start, x_keep, y_keep, y_of_x, x_of_y = ctx.saved_tensors
+        need_x, need_y = ctx.needs_input_grad[:2]
+        dx, dy = _Gradient.apply(
+            grad_x_to_y, grad_y_to_x, x, y, x_start, y_start, x_keep, y_keep, ctx.x_longest, ctx.y_longest, ctx.candidates,
+            ctx.mean, ctx.zero, y_of_x, x_of_y, need_x, need_y,
+        )  # fmt: skip
+        return dx if need_x else None, dy if need_y else None, *[None] * 12
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise NotImplementedError(f"maxsim: results under vmap {_BY_REFERENCE}")
+
+
+class _Gradient(torch.autograd.Function):
+    """torch.ops.vlpfast.maxsim_bwd as a step of its own in the graph: a second derivative meets an error, never a silent zero.
+
+    `once_differentiable` does not do that: inside torch.func.grad(torch.func.grad(f)) it lets a wrong result through.
+    """
+
+    generate_vmap_rule = True  # torch.func.jacrev
+
+    @staticmethod
+    def forward(grad_x_to_y, grad_y_to_x, x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
+                mean, zero, y_of_x, x_of_y, need_x, need_y):  # fmt: skip
+        return torch.ops.vlpfast.maxsim_bwd(
+            grad_x_to_y, grad_y_to_x, x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
+            mean, zero, y_of_x, x_of_y, need_x, need_y,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(f"maxsim: second derivatives {_BY_REFERENCE}")
+
+
+_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
