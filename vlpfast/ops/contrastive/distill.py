@@ -84,6 +84,7 @@ def pair_distill(
         bias_t: 0-d or [N], added to the teacher's logits of every row (minus a centre over its temperature, for DINO).
         stash_bytes: where y needs a gradient, the forward keeps as many of the 2 * M * N products for the backward as fit, and
             the backward makes the others again. Where only x or scale needs one it is made in the forward, and nothing is kept.
+            Triton's kernels never keep any, and make the gradient of x in the forward for features up to 256 wide (float32: 128).
 
     Returns:
         (student, teacher, cross), [M] each, in float32 (float64 for float64 features); -inf, -inf and 0 where every pair is left

@@ -160,7 +160,7 @@ def _merged_sum(sums, factors, PARTS, M, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _slope(
-    slopes, weighted, shifts, largest, total, y, column, there, PARTS, M, N, D, part_stride, d, y_row, y_column,
+    slopes, weighted, shifts, largest, total, y, column, there, PARTS, M, N, D, d, y_row, y_column,
     STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sum over parts of the weighted rows of y over `total`, minus the row `column` of y where it is `there`."""
@@ -168,7 +168,7 @@ def _slope(
     for start in range(0, PARTS, STEP):
         parts = start + tl.arange(0, STEP)
         shift = tl.load(shifts + parts.to(tl.int64) * M, mask=parts < PARTS, other=float("-inf"))
-        at = weighted + parts.to(tl.int64)[:, None] * part_stride + d[None, :]
+        at = weighted + parts.to(tl.int64)[:, None] * (2 * D) * M + d[None, :]
         rows = tl.load(at, mask=(parts < PARTS)[:, None] & (d < D)[None, :], other=0.0)
         out += tl.sum(tl.exp2((shift - largest) * LOG2E)[:, None] * rows, 0)
     out = tl.where(total == 0, 0.0, out / total.to(tl.float32))
@@ -220,13 +220,13 @@ def _merge_distilled(
             there = column < 0
         line = row * D
         _slope(
-            slopes + line, weighted + line, at, shift, total, y, column, there, PARTS, M, N, D, 2 * M * D, d, y_row, y_column,
+            slopes + line, weighted + line, at, shift, total, y, column, there, PARTS, M, N, D, d, y_row, y_column,
             STEP, BLOCK_D,
         )  # fmt: skip
         line = (M + row) * D
         _slope(
             slopes + line, weighted + line, at + 2 * sum_list, shift_t, total_t, y, column, there & (total_t != 0), PARTS, M, N,
-            D, 2 * M * D, d, y_row, y_column, STEP, BLOCK_D,
+            D, d, y_row, y_column, STEP, BLOCK_D,
         )  # fmt: skip
 
 
