@@ -88,23 +88,9 @@ def _distilled_sums(
             )
             if y_t is None:
                 t = products(
-                    x_t,
-                    y,
-                    rows,
-                    columns,
-                    M,
-                    N,
-                    E,
-                    x_t_row,
-                    x_t_column,
-                    y_row,
-                    y_column,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    EVEN_E,
+                    x_t, y, rows, columns, M, N, E, x_t_row, x_t_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_E,
                     PRECISION,
-                )
+                )  # fmt: skip
             else:
                 t = products(
                     x_t, y_t, rows, columns, M, N, E, x_t_row, x_t_column, y_t_row, y_t_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_E,
@@ -335,21 +321,8 @@ def forward(
     student, teacher, cross = (x.new_empty(m, **new) for _ in range(3))
     stats, slopes = x.new_empty(6, m, **new), x.new_empty(2 if want_slopes else 0, m, d, **new)
     taken = (
-        "origin",
-        "origin_t",
-        "scale",
-        "scale_t",
-        "y",
-        "own",
-        "M",
-        "N",
-        "D",
-        "y_row",
-        "y_column",
-        "own_stride",
-        "own_offset",
-        "OWN",
-    )
+        "origin", "origin_t", "scale", "scale_t", "y", "own", "M", "N", "D", "y_row", "y_column", "own_stride", "own_offset", "OWN",
+    )  # fmt: skip
     launch(
         _merge_distilled, (m, max(1, cdiv(d, 64)) if want_slopes else 1),
         student=student, teacher=teacher, cross=cross, stats=stats, slopes=slopes if want_slopes else None, sums=sums,
