@@ -321,7 +321,8 @@ def forward(
     student, teacher, cross = (x.new_empty(m, **new) for _ in range(3))
     stats, slopes = x.new_empty(6, m, **new), x.new_empty(2 if want_slopes else 0, m, d, **new)
     taken = (
-        "origin", "origin_t", "scale", "scale_t", "y", "own", "M", "N", "D", "y_row", "y_column", "own_stride", "own_offset", "OWN",
+        "origin", "origin_t", "scale", "scale_t", "y", "own", "M", "N", "D", "y_row", "y_column", "own_stride", "own_offset",
+        "OWN",
     )  # fmt: skip
     launch(
         _merge_distilled, (m, max(1, cdiv(d, 64)) if want_slopes else 1),
