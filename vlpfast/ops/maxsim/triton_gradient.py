@@ -50,7 +50,8 @@ def _gradient(
     own_base = tl.load(own_start)
     other_base = tl.load(other_start)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for number in range(0, OTHERS):
+    UNROLL: tl.constexpr = 4 if other_winners is None else 1  # gathers wait for places: several at once
+    for number in tl.range(0, OTHERS, loop_unroll_factor=UNROLL):
         j = number + 0 * owner  # a tensor in the interpreter too
         # the pair (m, column) of the scores, the rows of both sides' winners
         if OWN_Y:
@@ -100,9 +101,9 @@ def _gradient(
                     counted = counted & (tl.load(other_keep + (first + t) * other_keep_stride, mask=counted, other=0) != 0)
                 to = _places(other_winners + other_line.to(tl.int64) * other_width + first - other_base + t, counted)
                 hot = (to[None, :] == place[:, None]) & counted[None, :]
-                at = others + (first + t)[:, None] * other_row + d.to(tl.int64)[None, :] * other_column
-                f = tl.load(at, mask=counted[:, None] & (d < D)[None, :], other=0.0)
-                product = dot(narrow(hot.to(tl.float32), f.dtype), f, product, PRECISION)
+                b_at = others + (first + t)[:, None] * other_row + d.to(tl.int64)[None, :] * other_column
+                b = tl.load(b_at, mask=counted[:, None] & (d < D)[None, :], other=0.0)
+                product = dot(narrow(hot.to(tl.float32), b.dtype), b, product, PRECISION)
             total += weight * product
     written = inside[:, None] & (d < D)[None, :]
     at = out + token[:, None] * D + d[None, :]
@@ -129,7 +130,7 @@ def add_gradients(
     for out, (own, own_weights, own_winners), (other, other_weights, other_winners) in ((dx, x, y), (dy, y, x)):
         if out is None:
             continue
-        chosen = tile("maxsim_gradient", own.tokens)
+        chosen = tile("maxsim_gather" if other_winners is None else "maxsim_gradient", own.tokens)
         if own.longest <= chosen["BLOCK_M"] // 2:
             chosen["BLOCK_M"] = max(16, triton.next_power_of_2(max(1, own.longest)))
         units, unit_start, count, blocks = own.units(chosen["BLOCK_M"])

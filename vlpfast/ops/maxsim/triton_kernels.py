@@ -24,7 +24,7 @@ from vlpfast.ops.maxsim.triton_sets import ALL, OF_ROWS, OF_SETS, Problem, Side,
 
 PARTIAL_BYTES = 256 << 20  # of largest values by unit: the forward takes the sets in the rows in chunks that need no more
 WORKSPACE_BYTES = 256 << 20  # of winners that the backward finds again at once
-MOST_WHOLE = 256  # up to this width the rows' tile is loaded once
+MOST_WHOLE = 512  # bytes of a token up to which the rows' tile is loaded once and kept; float32 takes more registers, a quarter
 
 NOWHERE = tl.constexpr(2**31 - 1)
 
@@ -211,7 +211,8 @@ def _pass(
     columns = {ALL: others.count, OF_SETS: candidates, OF_ROWS: 1}[partners]
     if partners != ALL:
         chosen["BLOCK_M"] = unit = max(16, unit)  # the rows of a tile have the same partners
-    if d <= MOST_WHOLE:
+    whole = d * rows.tokens.element_size() <= MOST_WHOLE // (4 if rows.tokens.dtype == torch.float32 else 1)
+    if whole:
         chosen["BLOCK_K"] = max(16, triton.next_power_of_2(d))
     row_sums_of_sets, column_sums_of_sets = [], []
     several = want_columns and (not rows.uniform or rows.longest > unit)
@@ -240,7 +241,7 @@ def _pass(
             y_row=others.tokens.stride(0), y_column=others.tokens.stride(1),
             x_keep_stride=chunk.keep_stride, y_keep_stride=others.keep_stride,
             row_width=rows.width, column_width=others.width, PARTNERS=partners, ZERO=zero, WANT_COLUMNS=want_columns,
-            WHOLE=d <= MOST_WHOLE, PRECISION=precision(rows.tokens.dtype), UNIT=unit, **chosen,
+            WHOLE=whole, PRECISION=precision(rows.tokens.dtype), UNIT=unit, **chosen,
         )  # fmt: skip
         if several:
             launch(
