@@ -160,7 +160,7 @@ def test_a_zero_of_a_masked_token_wins_and_gets_nothing(backend: str) -> None:
         assert score.item() == 0 and dy.flatten().nonzero().flatten().tolist() == ([] if winner is None else [winner])
 
 
-@pytest.mark.parametrize("backend", WITH_TRITON)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_packed_is_padded(backend: str) -> None:
     packed = packed_sets()
     packed |= {name: packed[name].float() for name in ("x", "y")}

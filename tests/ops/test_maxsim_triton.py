@@ -105,15 +105,14 @@ def test_nan_reaches_its_pairs_and_no_others(where: str, dtype: torch.dtype) -> 
             *expected, _, _ = on("reference", **both, **options)
             for f, e in zip(scores, expected, strict=True):
                 if reaches:
-                    there = torch.arange(3) > 0  # the first sets have no kept tokens
-                    line = (1, there) if where == "x" else (there, 1)
+                    line = (1,) if where == "x" else (slice(None), 1)
                     assert f[line].isnan().all()
                     e[line] = torch.nan
                 torch.testing.assert_close(f, e, rtol=1e-5, atol=1e-6, equal_nan=True)
             assert reaches == {"dx": dx, "dy": dy}[other].isnan().any()
 
 
-@pytest.mark.parametrize(("candidates", "dtype"), [(256, torch.uint8), (257, torch.int16), (40_000, torch.int16), (65537, torch.int32)])
+@pytest.mark.parametrize(("candidates", "dtype"), [(256, torch.uint8), (257, torch.int16), (33_000, torch.int16)])
 def test_indices_of_every_size(candidates: int, dtype: torch.dtype) -> None:
     x, y = torch.ones(1, 2, 1), torch.zeros(1, candidates, 1)
     y[0, candidates - 1] = 1
@@ -164,7 +163,7 @@ def test_gradients_of_one_side_func_grad_and_autocast() -> None:
             assert torch.equal(loss(x, y), loss(x.bfloat16(), y.bfloat16()))
         with pytest.raises(NotImplementedError, match="second derivatives are made by the reference backend alone"):
             torch.func.grad(lambda x: torch.func.grad(loss)(x, y).sum())(x)
-        with pytest.raises(RuntimeError, match="is forced, but it has no kernels for torch.float64"):
+        with pytest.raises(RuntimeError, match=r"is forced, but it has no kernels for torch\.float64"):
             maxsim(x.double(), y.double())
 
 

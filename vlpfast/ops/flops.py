@@ -96,7 +96,7 @@ def _(x_shape, y_shape, x_start_shape, *args, out_shape=None, **kwargs) -> int:
 def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *args, out_shape=None, **kwargs) -> int:
     """Winners that are found again, and the one-hot products of the side that the winners are on."""
     candidates, y_of_x_shape, x_of_y_shape, need_x, need_y = args[5], *args[8:12]
-    wanted = [grad is not None for grad in (grad_x_to_y_shape, grad_y_to_x_shape)]
+    wanted = [bool(grad and grad[0]) for grad in (grad_x_to_y_shape, grad_y_to_x_shape)]
     kept = all(not want or winners[0] for want, winners in zip(wanted, (y_of_x_shape, x_of_y_shape), strict=True))
     passes = 0 if kept else sum(wanted) if candidates is not None else 1
     passes += (wanted[0] and need_y) + (wanted[1] and need_x)

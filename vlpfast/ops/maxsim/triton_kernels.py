@@ -1,8 +1,8 @@
 """maxsim in Triton: maxsim_fwd_triton and maxsim_bwd_triton of vlpfast/ops/_schemas.py.
 
-Forward: the rows of a tile are tokens of one side in units of at most 128, each a set or a part of one, so that several short sets
-share a tile; a program multiplies them with one set of the other side, block by block, and keeps the largest product and its place
-for each row. If both directions of all pairs are wanted, the largest of each column within each unit come from the same products,
+Forward: the rows of a tile are tokens of one side in units of at most 128, each a set or a part of one, so that several short
+sets share a tile; a program multiplies them with one set of the other side, block by block, and keeps the largest product and its
+place for each row. If both directions of all pairs are wanted, the largest of each column within each unit come from the same products,
 and those of a set's several units are merged afterwards, in order. One direction alone, or pairs with candidates, are made with
 the wanted side in the rows: for both directions of candidates that is two passes. Sums by unit are added in order: no atomics.
 
@@ -63,7 +63,7 @@ def _forward(
     column = tl.program_id(0) % COLUMNS
     part = tl.program_id(0) // COLUMNS
     GROUP: tl.constexpr = BLOCK_M // UNIT
-    unit, owner, place, token, inside = rows_of_tile(part, x_start, units, unit_start, SETS, UNITS, BLOCKS, UNIT, BLOCK_M)
+    place, token, inside = rows_of_tile(part, x_start, units, unit_start, SETS, UNITS, BLOCKS, UNIT, BLOCK_M)
     partner = column.to(tl.int64)
     if PARTNERS != 0:  # one unit to a tile: all rows are one set's
         if units is not None:
@@ -354,7 +354,8 @@ def _pieces(p: Problem, want_x_to_y: bool, want_y_to_x: bool) -> list[tuple[int,
     x_size, y_size = (maxsim_index_dtype(longest).itemsize for longest in (p.y.longest, p.x.longest))
     if p.candidates is not None:
         x_bytes, y_bytes = p.candidates * p.x.longest * x_size, p.candidates * p.y.longest * y_size
-        return [(*part, 0, p.columns) for part in _chunks(p.x.count, want_x_to_y * x_bytes + want_y_to_x * y_bytes, WORKSPACE_BYTES)]
+        rows = _chunks(p.x.count, want_x_to_y * x_bytes + want_y_to_x * y_bytes, WORKSPACE_BYTES)
+        return [(*part, 0, p.columns) for part in rows]
     pair = want_x_to_y * min(p.x.longest, p.x.width) * x_size + want_y_to_x * min(p.y.longest, p.y.width) * y_size
     columns = _chunks(p.columns, pair, WORKSPACE_BYTES)
     width = columns[0][1] - columns[0][0]

@@ -32,7 +32,7 @@ def precision(dtype: torch.dtype) -> str:
 def rows_of_tile(
     part, starts, units, unit_start, SETS, UNITS, BLOCKS, UNIT: tl.constexpr, BLOCK_M: tl.constexpr
 ):  # fmt: skip
-    """Of each row: its unit, its set, its place in the set, its token (int64), whether there is one.
+    """Of each row: its place in its set, its token (int64), whether there is one.
 
     `units` [UNITS] names each unit's set, SETS past the last; without it every set has BLOCKS units.
     """
@@ -49,7 +49,7 @@ def rows_of_tile(
     place = block * UNIT + r % UNIT
     first = tl.load(starts + owner, mask=there, other=0)
     inside = there & (place < tl.load(starts + owner + 1, mask=there, other=0) - first)
-    return unit, owner, place, first + place, inside
+    return place, first + place, inside
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Side:
         return sums[self.start].diff()
 
     def units(self, size: int) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Units of `size` rows: each one's set [units] int32 and each set's first [count + 1] int32, None if uniform; how many, a set."""
+        """Units of `size` rows: each one's set [units] and each set's first [count + 1], int32, None if uniform; how many; to a set."""
         blocks = max(1, cdiv(self.longest, size))
         if self.uniform:
             return None, None, self.count * blocks, blocks
