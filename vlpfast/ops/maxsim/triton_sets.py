@@ -91,7 +91,7 @@ class Side:
         return sums[self.start].diff()
 
     def units(self, size: int) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Units of `size` rows: each one's set [units] and each set's first [count + 1], int32, None if uniform; how many; to a set."""
+        """Units of `size` rows: the set of each and the first of each set, int32, None if uniform; how many; to a set."""
         blocks = max(1, cdiv(self.longest, size))
         if self.uniform:
             return None, None, self.count * blocks, blocks
