@@ -113,6 +113,17 @@ def test_nan_reaches_its_pairs_and_no_others(where: str) -> None:
             assert reaches == {"dx": dx, "dy": dy}[other].isnan().any()
 
 
+def test_nan_wins_both_ways() -> None:
+    x, y = (t.float().to(DEVICE) for t in token_sets((37, 8), (70, 8)).values())
+    x[34, 5] = y[67, 2] = torch.nan
+    starts = torch.tensor([0, 37], device=DEVICE), torch.tensor([0, 70], device=DEVICE)
+    *_, y_of_x, x_of_y = torch.ops.vlpfast.maxsim_fwd_triton(
+        x, y, *starts, None, None, 37, 70, None, True, True, True, False, True
+    )
+    assert y_of_x[0].tolist() == [0 if i == 34 else 67 for i in range(37)]
+    assert x_of_y[0].tolist() == [0 if i == 67 else 34 for i in range(70)]
+
+
 @pytest.mark.parametrize(
     ("candidates", "dtype"),
     [

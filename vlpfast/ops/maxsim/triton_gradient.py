@@ -100,7 +100,7 @@ def _gradient(
                 if other_keep is not None:
                     counted = counted & (tl.load(other_keep + (first + t) * other_keep_stride, mask=counted, other=0) != 0)
                 to = _places(other_winners + other_line.to(tl.int64) * other_width + first - other_base + t, counted)
-                hot = (to[None, :] == place[:, None]) & counted[None, :]
+                hot = to[None, :] == place[:, None]  # tokens that do not count are zeros
                 b_at = others + (first + t)[:, None] * other_row + d.to(tl.int64)[None, :] * other_column
                 b = tl.load(b_at, mask=counted[:, None] & (d < D)[None, :], other=0.0)
                 product = dot(narrow(hot.to(tl.float32), b.dtype), b, product, PRECISION)
