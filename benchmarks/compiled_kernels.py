@@ -30,6 +30,7 @@ from vlpfast.ops import _triton
 from vlpfast.ops._triton import Launch
 from vlpfast.ops.contrastive import triton_distill, triton_pair, triton_sample, triton_softplus
 from vlpfast.ops.contrastive.distill import triton_width
+from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -72,6 +73,15 @@ def pair_distill(dtype: torch.dtype, need_y: bool) -> None:
         triton_distill.backward(student, cross, *problem, stats, stash, True, True)
 
 
+def maxsim(dtype: torch.dtype, m: int, p: int, n: int, t: int, d: int, both: bool) -> None:
+    """One step: the scores of m x n sets of p and t tokens, their winners kept, then both gradients."""
+    x, y = (torch.empty(size, d, dtype=dtype, device="meta") for size in (m * p, n * t))
+    x_start, y_start = (torch.empty(sets + 1, dtype=torch.int64, device="meta") for sets in (m, n))
+    problem = x, y, x_start, y_start, None, None, p, t, None
+    x_to_y, y_to_x, *winners = triton_maxsim.forward(*problem, True, both, True, False, True)
+    triton_maxsim.backward(x_to_y, y_to_x if both else None, *problem, True, False, *winners, True, True)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
@@ -79,6 +89,8 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_softplus": pair_softplus,
     "pair_distill, one pass": lambda dtype: pair_distill(dtype, False),
     "pair_distill, recompute": lambda dtype: pair_distill(dtype, True),
+    "maxsim, 128 x 128 sets of 32 and 300, D 128": lambda dtype: maxsim(dtype, 128, 32, 128, 300, 128, False),
+    "maxsim, 128 x 128 sets of 197 and 77, D 256, both ways": lambda dtype: maxsim(dtype, 128, 197, 128, 77, 256, True),
     "sample_hard_negatives": lambda dtype: sample_hard_negatives(dtype, 0.0),
     "sample_hard_negatives, uniform part": lambda dtype: sample_hard_negatives(dtype, 1e-4),
 }
@@ -108,7 +120,8 @@ def compile_launch(launch: Launch, chip: str) -> tuple[Any, dict[str, int]]:
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, Tensor):
-            dtype = {"uint8": "u8", "bool": "i1", "int64": "i64", "float64": "fp64", "float32": "fp32", "float16": "fp16"}
+            dtype = {"uint8": "u8", "bool": "i1", "int16": "i16", "int32": "i32", "int64": "i64"}
+            dtype |= {"float64": "fp64", "float32": "fp32", "float16": "fp16"}
             signature[name] = "*" + dtype.get(str(value.dtype).removeprefix("torch."), "bf16")
         elif isinstance(value, float):
             signature[name] = "fp32"

@@ -29,6 +29,11 @@ SOME |= {"centred sums underflow, all arguments"}
 # ... and of the other operators, in bfloat16 and one of each kind in the other dtypes, these.
 MAIN = ("pair_logsumexp", "clip_loss", "pair_softplus", "pair_distill, one pass")
 FEW = {"17x17x8", "index", "strided", "some rows left out wholly", "momentum, queue"}
+# Late interaction: these in float32, some with winners that are found again, some in the half types.
+MAXSIM = {"no token in x", "no token in y", "no set of y", "width 0", "one of each", "17, 13", "33, 25", "aligned", "own, masks"}
+MAXSIM |= {"masks, zero", "masks, y to x", "packed", "packed, own", "packed, y to x", "width 1031", "197, 77", "strided"}
+MAXSIM_AGAIN = {"no token in x", "own, masks", "packed, y to x", "strided"}
+HALF_MAXSIM = {"33, 25", "packed, own"}
 
 
 def marks(op: str, backend: str, dtype: torch.dtype, case: str) -> list[pytest.MarkDecorator]:
@@ -36,6 +41,9 @@ def marks(op: str, backend: str, dtype: torch.dtype, case: str) -> list[pytest.M
         return []
     if torch.cuda.is_available():
         return [pytest.mark.gpu]
+    if op.startswith("maxsim"):
+        chosen = (MAXSIM if "stash" in op else MAXSIM_AGAIN) if dtype == torch.float32 else HALF_MAXSIM
+        return [] if case in chosen else [pytest.mark.interpreter]
     usual = "pair_logsumexp" in op and dtype == torch.bfloat16 and case not in LARGE
     older = op.startswith(("pair_logsumexp", "clip_loss"))
     wanted = SOME if older or (op.startswith(MAIN) and dtype == torch.bfloat16) else FEW

@@ -15,6 +15,8 @@ KERNELS = {
     "pair_distill_fwd_triton": ("contrastive.triton_distill", "forward"),
     "pair_distill_bwd_triton": ("contrastive.triton_distill", "backward"),
     "pair_softplus_triton": ("contrastive.triton_softplus", "forward"),
+    "maxsim_fwd_triton": ("maxsim.triton_kernels", "forward"),
+    "maxsim_bwd_triton": ("maxsim.triton_kernels", "backward"),
 }
 
 

@@ -185,21 +185,20 @@ def _(grad_student, grad_cross, x: Tensor, y: Tensor, x_t, y_t, scale, scale_t, 
 # m * candidates + k of y, k in [0, candidates). Scores are [M, N] or [M, candidates], [0, ...] for a direction not wanted.
 # Winners, if `keep_winners`: y_of_x [N or candidates, Lx], for each token of x the place in the set of y of the token nearest to
 # it, and x_of_y [M or 1, Ly] likewise; 0 for tokens that do not count. Their dtype is maxsim_index_dtype(longest).
-torch.library.define(
-    "vlpfast::maxsim_fwd",
+_MAXSIM_FWD = (
     "(Tensor x, Tensor y, Tensor x_start, Tensor y_start, Tensor? x_keep, Tensor? y_keep, SymInt x_longest, SymInt y_longest, "
     "SymInt? candidates, bool want_x_to_y, bool want_y_to_x, bool mean, bool zero, bool keep_winners) "
-    "-> (Tensor x_to_y, Tensor y_to_x, Tensor y_of_x, Tensor x_of_y)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "-> (Tensor x_to_y, Tensor y_to_x, Tensor y_of_x, Tensor x_of_y)"
 )
 # A direction without a gradient takes no part. Winners with no rows are found again. What is not needed comes back with no rows.
-torch.library.define(
-    "vlpfast::maxsim_bwd",
+_MAXSIM_BWD = (
     "(Tensor? grad_x_to_y, Tensor? grad_y_to_x, Tensor x, Tensor y, Tensor x_start, Tensor y_start, Tensor? x_keep, "
     "Tensor? y_keep, SymInt x_longest, SymInt y_longest, SymInt? candidates, bool mean, bool zero, "
-    "Tensor y_of_x, Tensor x_of_y, bool need_x, bool need_y) -> (Tensor dx, Tensor dy)",
-    tags=torch.Tag.pt2_compliant_tag,
+    "Tensor y_of_x, Tensor x_of_y, bool need_x, bool need_y) -> (Tensor dx, Tensor dy)"
 )
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::maxsim_fwd{_suffix}", _MAXSIM_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::maxsim_bwd{_suffix}", _MAXSIM_BWD, tags=torch.Tag.pt2_compliant_tag)
 
 
 def maxsim_index_dtype(longest: int) -> torch.dtype:
@@ -208,6 +207,7 @@ def maxsim_index_dtype(longest: int) -> torch.dtype:
 
 
 @torch.library.register_fake("vlpfast::maxsim_fwd")
+@torch.library.register_fake("vlpfast::maxsim_fwd_triton")
 def _(x: Tensor, y: Tensor, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates, want_x_to_y, want_y_to_x,
       mean, zero, keep_winners):  # fmt: skip
     m = x_start.shape[0] - 1
@@ -224,6 +224,7 @@ def _(x: Tensor, y: Tensor, x_start, y_start, x_keep, y_keep, x_longest, y_longe
 
 
 @torch.library.register_fake("vlpfast::maxsim_bwd")
+@torch.library.register_fake("vlpfast::maxsim_bwd_triton")
 def _(grad_x_to_y, grad_y_to_x, x: Tensor, y: Tensor, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
       mean, zero, y_of_x, x_of_y, need_x, need_y):  # fmt: skip
     return (

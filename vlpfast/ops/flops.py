@@ -84,6 +84,25 @@ def _(x_shape, y_shape, x_start_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * x_shape[1] * _token_pairs(x_shape, y_shape, x_start_shape, args[5])
 
 
+@register_flop_formula(torch.ops.vlpfast.maxsim_fwd_triton)
+def _(x_shape, y_shape, x_start_shape, *args, out_shape=None, **kwargs) -> int:
+    """Both directions of candidates are two passes."""
+    candidates, want_x_to_y, want_y_to_x = args[5:8]
+    passes = want_x_to_y + want_y_to_x if candidates is not None else 1
+    return passes * 2 * x_shape[1] * _token_pairs(x_shape, y_shape, x_start_shape, candidates)
+
+
+@register_flop_formula(torch.ops.vlpfast.maxsim_bwd_triton)
+def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *args, out_shape=None, **kwargs) -> int:
+    """Winners that are found again, and the one-hot products of the side that the winners are on."""
+    candidates, y_of_x_shape, x_of_y_shape, need_x, need_y = args[5], *args[8:12]
+    wanted = [bool(grad and grad[0]) for grad in (grad_x_to_y_shape, grad_y_to_x_shape)]
+    kept = all(not want or winners[0] for want, winners in zip(wanted, (y_of_x_shape, x_of_y_shape), strict=True))
+    passes = 0 if kept else sum(wanted) if candidates is not None else 1
+    passes += (wanted[0] and need_y) + (wanted[1] and need_x)
+    return passes * 2 * x_shape[1] * _token_pairs(x_shape, y_shape, x_start_shape, candidates)
+
+
 @register_flop_formula(torch.ops.vlpfast.maxsim_bwd)
 def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *args, out_shape=None, **kwargs) -> int:
     """The products that are made again; what the gradient adds up grows with the tokens, not with their pairs."""

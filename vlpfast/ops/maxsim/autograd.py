@@ -9,21 +9,22 @@ from torch import Tensor
 
 
 class MaxSim(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.maxsim_fwd (vlpfast/ops/_schemas.py); the scores have gradients.
+    """Arguments and results of maxsim_fwd or maxsim_fwd_triton (vlpfast/ops/_schemas.py); the scores have gradients.
 
     It has no jvp of its own (Dynamo refuses a Function that has one), so forward-mode differentiation ends in torch's error.
     """
 
     @staticmethod
-    def forward(x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
+    def forward(backend, x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
                 want_x_to_y, want_y_to_x, mean, zero, keep):  # fmt: skip
-        return torch.ops.vlpfast.maxsim_fwd(
+        operator = torch.ops.vlpfast.maxsim_fwd_triton if backend == "triton" else torch.ops.vlpfast.maxsim_fwd
+        return operator(
             x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates, want_x_to_y, want_y_to_x, mean, zero, keep
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        *tensors, ctx.x_longest, ctx.y_longest, ctx.candidates, _, _, ctx.mean, ctx.zero, _ = inputs
+        ctx.backend, *tensors, ctx.x_longest, ctx.y_longest, ctx.candidates, _, _, ctx.mean, ctx.zero, _ = inputs
         winners = output[2:]
         ctx.save_for_backward(*tensors, *winners)
         ctx.mark_non_differentiable(*winners)
@@ -32,12 +33,12 @@ class MaxSim(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x_to_y: Tensor | None, grad_y_to_x: Tensor | None, *_: None) -> tuple:
         x, y, x_start, y_start, x_keep, y_keep, y_of_x, x_of_y = ctx.saved_tensors
-        need_x, need_y = ctx.needs_input_grad[:2]
+        need_x, need_y = ctx.needs_input_grad[1:3]
         dx, dy = _Gradient.apply(
-            grad_x_to_y, grad_y_to_x, x, y, x_start, y_start, x_keep, y_keep, ctx.x_longest, ctx.y_longest, ctx.candidates,
-            ctx.mean, ctx.zero, y_of_x, x_of_y, need_x, need_y,
+            ctx.backend, grad_x_to_y, grad_y_to_x, x, y, x_start, y_start, x_keep, y_keep, ctx.x_longest, ctx.y_longest,
+            ctx.candidates, ctx.mean, ctx.zero, y_of_x, x_of_y, need_x, need_y,
         )  # fmt: skip
-        return dx if need_x else None, dy if need_y else None, *[None] * 12
+        return None, dx if need_x else None, dy if need_y else None, *[None] * 12
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
@@ -45,7 +46,7 @@ class MaxSim(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """torch.ops.vlpfast.maxsim_bwd as a step of its own in the graph: a second derivative meets an error, never a silent zero.
+    """maxsim_bwd or maxsim_bwd_triton as a step of its own in the graph: a second derivative meets an error, never a silent zero.
 
     `once_differentiable` does not do that: inside torch.func.grad(torch.func.grad(f)) it lets a wrong result through.
     """
@@ -53,9 +54,10 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(grad_x_to_y, grad_y_to_x, x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
+    def forward(backend, grad_x_to_y, grad_y_to_x, x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
                 mean, zero, y_of_x, x_of_y, need_x, need_y):  # fmt: skip
-        return torch.ops.vlpfast.maxsim_bwd(
+        operator = torch.ops.vlpfast.maxsim_bwd_triton if backend == "triton" else torch.ops.vlpfast.maxsim_bwd
+        return operator(
             grad_x_to_y, grad_y_to_x, x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, candidates,
             mean, zero, y_of_x, x_of_y, need_x, need_y,
         )  # fmt: skip

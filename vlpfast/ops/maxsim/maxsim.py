@@ -16,7 +16,7 @@ from vlpfast.ops.maxsim import reference
 from vlpfast.ops.maxsim._checks import check_choice, check_flag, check_masked, check_sets, check_tokens
 from vlpfast.ops.maxsim.autograd import MaxSim
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 STASH_BYTES = 1 << 30
 
 
@@ -146,7 +146,8 @@ def _sets(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Se
 
 def _maxsim(x: _Sets, y: _Sets, candidates: int | None, directions, reduction, masked, stash_bytes) -> tuple[Tensor, Tensor]:
     """x_to_y and y_to_x, [M, N] or [M, candidates]; nothing useful for a direction that is not asked for."""
-    if backends.choose("maxsim", KERNELS, x.tokens.device) == "reference":
+    backend = backends.choose("maxsim", KERNELS, x.tokens.device, x.tokens.dtype)
+    if backend == "reference":
         padded_x, x_mask = _padded(x)
         padded_y, y_mask = _padded(y)
         if candidates is not None:
@@ -164,7 +165,7 @@ def _maxsim(x: _Sets, y: _Sets, candidates: int | None, directions, reduction, m
     y_keep = y.keep.view_as(y.keep) if y.keep is not None and y.keep is x.keep else y.keep
     differentiable = torch.is_grad_enabled() and (x.tokens.requires_grad or y.tokens.requires_grad)
     return MaxSim.apply(
-        x.tokens, y_tokens, x.start, y_start, x.keep, y_keep, x.longest, y.longest, candidates,
+        backend, x.tokens, y_tokens, x.start, y_start, x.keep, y_keep, x.longest, y.longest, candidates,
         want_x, want_y, reduction == "mean", masked == "zero", differentiable and size <= stash_bytes,
     )[:2]  # fmt: skip
 
