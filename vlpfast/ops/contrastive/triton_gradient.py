@@ -312,14 +312,15 @@ class Gradient:
         mine, features = self.lines.features[lines], self.others.features[others]
         chosen = tile("pair_gradient", mine)
         (count, d), total = mine.shape, features.shape[0]
-        chosen["BLOCK_D"] = min(chosen["BLOCK_D"], max(16, triton.next_power_of_2(d)))
+        kind, own, starts, offset = self.own
+        if kind == INDEX:
+            own = own[lines]
+        widest = 128 if kind == LISTS else chosen["BLOCK_D"]  # the loop over a column's rows needs registers too
+        chosen["BLOCK_D"] = min(chosen["BLOCK_D"], widest, max(16, triton.next_power_of_2(d)))
         grid = (cdiv(count, chosen["BLOCK_L"]) * (max(1, cdiv(d, chosen["BLOCK_D"])) if self.want_features else 1),)
         if not (first and last) and self.buffer is None and self.want_features:
             whole = self.out.dtype == torch.float32 and count == self.out.shape[0]
             self.buffer = self.out if whole else kept.new_empty((count, d), dtype=torch.float32)
-        kind, own, starts, offset = self.own
-        if kind == INDEX:
-            own = own[lines]
         line_weights, other_weights = part(self.lines.weights, lines), part(self.others.weights, others)
         if row_weights is not None:
             line_weights, other_weights = (row_weights, None) if along else (None, row_weights)
