@@ -100,9 +100,9 @@ def _centred_gradient(
 ):  # fmt: skip
     """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others].
 
-    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it. Without weights what
-    is kept are the weights themselves. COLUMNS: only the rows of the logits have weights, for each so many columns others: they are
-    line_weights [.., LINES] for rows, by the block of others, or other_weights [.., OTHERS] for columns, by the block of lines.
+    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it. Without weights
+    what is kept are the weights themselves. COLUMNS: rows of the logits alone have weights, others for each so many columns:
+    line_weights [blocks of others, LINES] where lines are rows, other_weights [blocks of lines, OTHERS] where they are columns.
     """
     if exact is not None:
         if tl.load(exact) != 0:
@@ -305,7 +305,8 @@ class Gradient:
     ) -> None:  # fmt: skip
         """The part of exponentials kept [lines, others]; `others` in several parts, `first` to `last`.
 
-        row_weights: those of the rows alone, by ROW_BLOCK columns [blocks, rows], contiguous; rows are the lines if `along`.
+        row_weights: [blocks, rows], contiguous, where rows alone have weights, others for each ROW_BLOCK columns; `along` says
+            whether lines are the rows.
         """
         if not (self.want_features or self.want_bias):
             return

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops._schemas import ROW_BLOCK
 from vlpfast.ops._triton import INTERPRETED, cdiv, grouped, launch, narrow
 from vlpfast.ops.contrastive.triton_tiles import kept_pairs, own_kind, precision, products, stride, tile
 
@@ -48,7 +47,8 @@ def sums(a, b, c, AXIS: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr):
 @triton.jit
 def _sum_tile(
     total, row_partial, column_partial, row_shifts, kept_rows, factor, shift, bias, own, row_ids, column_ids, rows, columns, part,
-    block_row, parts, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
+    block_row, parts, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
+    column_ids_stride,
     OWN: tl.constexpr, PRODUCTS: tl.constexpr, ROUNDED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """E = exp(factor * total + bias - shift), its sums by row and by column; `part`: which of the `parts` of all columns this is.
@@ -129,14 +129,14 @@ def _centred(
         columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _sum_tile(
             left, row_partial, column_partial, row_shifts, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
-            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride, own_stride,
-            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
+            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride,
+            own_stride, own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
         columns += BLOCK_N // 2
         _sum_tile(
             right, row_partial, column_partial, row_shifts, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
-            2 * block_column + 1, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride, own_stride,
-            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
+            2 * block_column + 1, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride,
+            own_stride, own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
     else:
         columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
