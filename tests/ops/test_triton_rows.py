@@ -81,10 +81,10 @@ def test_rows_of_wildly_different_norm() -> None:
         assert ((found - exact).norm(dim=1) <= 1e-5 * exact.norm(dim=1)).all()  # each row of dx by itself
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "default"])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_tiles_that_ship(chip: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On more than one block each way. On a GPU only the chip's own tiles are sure to fit."""
+    """On more than one block each way. On a GPU only the chip's own tiles are sure to fit; without one the other tests run the default."""
     if DEVICE == "cuda" and chip != _triton.chip(torch.device("cuda")):
         pytest.skip("another chip's tiles")
     monkeypatch.setattr(_triton, "chip", lambda device: chip)
@@ -198,7 +198,7 @@ def test_the_stash_holds_exponentials_and_their_shifts(dtype: torch.dtype) -> No
 @pytest.mark.parametrize("wanted", [("x", "y", "scale", "bias"), ("y",), ("bias",)])
 def test_chunks_of_rows(wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward's, whose sums are merged, and the backward's, which begin where the stash ends: the same exponentials."""
-    inputs, own = problem(260, 265, 20, norm=50.0), labels(260, 265)
+    inputs, own = problem(140, 265, 20, norm=50.0), labels(140, 265)
 
     def gradients(budget: int) -> dict[str, Tensor]:
         leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}

@@ -14,8 +14,8 @@ from torch import Tensor
 # wanted); `exact`: whether the shifts differ. `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the
 # others again. In pair_fwd the first min(keep, M * N) in the kernel's own order, in the accumulating dtype; where rows alone are
 # wanted each has its own shift, `exact` is true, and the stash holds S itself. In pair_fwd_triton rows: `stash_shape`,
-# `stash_dtype`; where rows alone are wanted, `exact` is true too, and a row's exponentials have a shift for each ROW_BLOCK columns,
-# its largest logit there (-inf where all are left out), kept beside them.
+# `stash_dtype`; where rows alone are wanted `exact` is true too, and a row's exponentials have a shift for each ROW_BLOCK
+# columns, its largest logit there (-inf where all are left out), kept beside them.
 _PAIR_FWD = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
     "bool want_rows, bool want_columns, SymInt keep) "
