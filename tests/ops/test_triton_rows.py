@@ -84,7 +84,7 @@ def test_rows_of_wildly_different_norm() -> None:
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_tiles_that_ship(chip: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On more than one block each way. On a GPU only the chip's own tiles are sure to fit; without one the other tests run the default."""
+    """On more than one block each way. On a GPU only the chip's own tiles are sure to fit; the default is in the other tests."""
     if DEVICE == "cuda" and chip != _triton.chip(torch.device("cuda")):
         pytest.skip("another chip's tiles")
     monkeypatch.setattr(_triton, "chip", lambda device: chip)
