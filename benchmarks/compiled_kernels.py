@@ -48,6 +48,15 @@ def pair_logsumexp(dtype: torch.dtype, keep: int) -> None:
     triton_pair.backward(rows, columns, *problem, True, True, *saved, True, True, True, False)
 
 
+def pair_logsumexp_rows(dtype: torch.dtype, keep: int) -> None:
+    """The same for rows alone, with an index of own columns, as the head of a language model has it."""
+    x, y = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
+    own = torch.empty(N, dtype=torch.int64, device="meta")
+    problem = x, y, torch.empty((), device="meta"), None, own, None, None, None
+    rows, columns, *saved = triton_pair.forward(*problem, True, False, False, keep)
+    triton_pair.backward(rows, columns, *problem, True, False, *saved, True, True, False, False)
+
+
 def pair_softplus(dtype: torch.dtype) -> None:
     """All gradients, with a bias."""
     x, y = (torch.empty(N, D, dtype=dtype, device="meta") for _ in range(2))
@@ -86,6 +95,8 @@ def maxsim(dtype: torch.dtype, m: int, p: int, n: int, t: int, d: int, both: boo
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
     "pair_logsumexp, recompute": lambda dtype: pair_logsumexp(dtype, 0),
+    "pair_logsumexp, rows alone, stash": lambda dtype: pair_logsumexp_rows(dtype, 2 * N * N),
+    "pair_logsumexp, rows alone, recompute": lambda dtype: pair_logsumexp_rows(dtype, 0),
     "pair_softplus": pair_softplus,
     "pair_distill, one pass": lambda dtype: pair_distill(dtype, False),
     "pair_distill, recompute": lambda dtype: pair_distill(dtype, True),
@@ -182,6 +193,8 @@ def variant(launch: Launch) -> str:
     parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
     kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
     sums = ", summed" if launch.arguments.get("row_partial") is not None else ""
+    if launch.arguments.get("row_shifts") is not None or launch.arguments.get("COLUMNS"):
+        along += ", rows alone"
     return along + sums + kept + {(True, False): ", first chunk", (False, False): ", next chunk"}.get(parts, "")
 
 

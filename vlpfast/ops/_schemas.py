@@ -13,8 +13,9 @@ from torch import Tensor
 # `row_stats` [2, M] and `column_stats` [2, N] hold the sums of exp(S - shift) and the shifts (in pair_fwd nothing for what is not
 # wanted); `exact`: whether the shifts differ. `stash`: exp(S - shift) as far as `keep` elements reach, the backward makes the
 # others again. In pair_fwd the first min(keep, M * N) in the kernel's own order, in the accumulating dtype; where rows alone are
-# wanted each has its own shift, `exact` is true, and the stash holds S itself. In pair_fwd_triton rows: `stash_shape` and
-# `stash_dtype`.
+# wanted each has its own shift, `exact` is true, and the stash holds S itself. In pair_fwd_triton rows: `stash_shape`,
+# `stash_dtype`; where rows alone are wanted `exact` is true too, and a row's exponentials have a shift for each ROW_BLOCK
+# columns, its largest logit there (-inf where all are left out), kept beside them.
 _PAIR_FWD = (
     "(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? own, SymInt? own_offset, Tensor? row_ids, Tensor? column_ids, "
     "bool want_rows, bool want_columns, SymInt keep) "
@@ -48,23 +49,33 @@ def stash_dtype(backend: str, dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if backend == "triton" and dtype == torch.bfloat16 else accumulate_dtype(dtype)
 
 
-def stash_shape(m: int, n: int, keep: int) -> tuple[int, int]:
-    """Triton's: as many whole rows as fit, each padded to a multiple of 16 elements, with which loads are aligned."""
-    width = (n + 15) // 16 * 16
+ROW_BLOCK = 128  # columns that have one shift in each row, in pair_fwd_triton for rows alone
+
+
+def stash_width(n: int) -> int:
+    """Triton's exponentials of one row, padded to a multiple of 16 elements, with which loads are aligned."""
+    return (n + 15) // 16 * 16
+
+
+def stash_shape(m: int, n: int, keep: int, dtype: torch.dtype, rows_alone: bool) -> tuple[int, int]:
+    """Triton's: as many whole rows as fit. With rows_alone a row's shifts, float32, follow its exponentials, padded likewise."""
+    width = stash_width(n)
+    if rows_alone:
+        width += stash_width((n // ROW_BLOCK + 1) * (4 // dtype.itemsize))  # never empty, which no view as float32 would take
     return torch.sym_min(m, keep // torch.sym_max(1, width)), width
 
 
 @torch.library.register_fake("vlpfast::pair_fwd_triton")
 def _(x: Tensor, y: Tensor, scale, bias, own, own_offset, row_ids, column_ids, want_rows, want_columns, want_scale, keep):
     m, n = x.shape[0], y.shape[0]
-    new = {"dtype": torch.float32}
+    new, kept = {"dtype": torch.float32}, stash_dtype("triton", x.dtype)
     return (
         x.new_empty(m if want_rows else 0, **new),
         x.new_empty(n if want_columns else 0, **new),
         x.new_empty((3, m), **new),
         x.new_empty((3, n), **new),
         x.new_empty((), dtype=torch.bool),
-        x.new_empty(stash_shape(m, n, keep), dtype=stash_dtype("triton", x.dtype)),
+        x.new_empty(stash_shape(m, n, keep, kept, want_rows and not want_columns), dtype=kept),
     )
 
 

@@ -71,9 +71,9 @@ def pair_logsumexp(x, y, scale, *, own=0, leave_out=None, bias=None, directions=
         leave_out: (row_ids [M], column_ids [N]), int64: pairs with equal ids stay out of both sums as well.
         bias: 0-d or [N], added to the logits of every row (its gradient is made).
         directions: "both" -> (rows, cols); "rows" or "cols" -> that one alone.
-        stash_bytes: the forward keeps as many of the M * N exponentials (of rows alone: logits) for the backward as fit, the
-            backward makes the others again: three matrix products if all fit, four (and no memory that grows with M * N) if
-            none does.
+        stash_bytes: the forward keeps as many of the M * N exponentials (of rows alone on a CPU: logits) for the backward as
+            fit, the backward makes the others again: three matrix products if all fit, four (and no memory that grows with
+            M * N) if none does.
 
     Returns:
         rows [M], cols [N] in float32 (float64 for float64 features); -inf where every pair is left out. On a GPU float32 products

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops._schemas import stash_dtype, stash_shape
+from vlpfast.ops._schemas import stash_dtype, stash_width
 from vlpfast.ops._triton import cdiv, dot, grouped, launch, narrow
 from vlpfast.ops.contrastive.distill import triton_width
 from vlpfast.ops.contrastive.triton_gradient import Gradient, Side, Unit, own_of_columns, own_of_rows, times
@@ -365,7 +365,7 @@ def backward(
     dx = Gradient(rows, columns, own_of_rows(own, own_offset), scale, unit, None, need_x, False)
     dy = Gradient(columns, rows, own_of_columns(own, own_offset, n), scale, unit, None, need_y, False)
     chosen = tile("distill_weights", x)
-    dtype, (_, width) = stash_dtype("triton", x.dtype), stash_shape(m, n, 0)
+    dtype, width = stash_dtype("triton", x.dtype), stash_width(n)
     pieces = list(chunks(0, m, width * dtype.itemsize, WORKSPACE_BYTES)) or [(0, 0)]
     workspace = x.new_empty(pieces[0][1], width, dtype=dtype)
     for i, (begin, end) in enumerate(pieces if d else []):

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlpfast.ops._schemas import ROW_BLOCK
 from vlpfast.ops._triton import cdiv, dot, launch, narrow, to_tf32
 from vlpfast.ops.contrastive.triton_sums import LOG2E, Pairs
 from vlpfast.ops.contrastive.triton_tiles import INDEX, LISTS, NO_OWN, OFFSET, kept_pairs, precision, products, stride, tile
@@ -95,12 +96,13 @@ def _centred_gradient(
     LINES, OTHERS, PARTNERS, D, KEPT_LINES, KEPT_OTHERS, kept_line, kept_other, feature_row, feature_column,
     partner_row, partner_column, own_stride, own_offset,
     OWN: tl.constexpr, FIRST: tl.constexpr, WHOLE: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BLOCK_L lines in BLOCK_D of D columns from exponentials [lines, others].
 
-    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it. Without
-    line_weights what is kept are the weights themselves.
+    WHOLE: there are no others than these; else sums go to `buffer` and, where FIRST is not set, begin with it. Without weights
+    what is kept are the weights themselves. COLUMNS: rows of the logits alone have weights, others for each so many columns:
+    line_weights [blocks of others, LINES] where lines are rows, other_weights [blocks of lines, OTHERS] where they are columns.
     """
     if exact is not None:
         if tl.load(exact) != 0:
@@ -125,18 +127,27 @@ def _centred_gradient(
             total = tl.load(buffer + lines.to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
         if line_sums is not None:
             sums = tl.load(line_sums + lines, mask=lines < LINES, other=0.0)
-    if line_weights is not None:
+    if line_weights is not None and COLUMNS == 0:
         a = tl.load(line_weights + lines, mask=lines < LINES, other=0.0)
+    if COLUMNS != 0 and other_weights is not None:
+        other_weights += (tl.program_id(0) // slices * BLOCK_L // COLUMNS).to(tl.int64) * OTHERS
     for start in range(0, OTHERS, BLOCK_K):
         if EVEN:
             p = tl.load(kept_at)
         else:
             p = tl.load(kept_at, mask=(lines < KEPT_LINES)[:, None] & (k < KEPT_OTHERS - start)[None, :], other=0.0)
-        if line_weights is not None:
+        if other_weights is not None:
             if EVEN:
                 b = tl.load(other_weights + start + k)
             else:
                 b = tl.load(other_weights + start + k, mask=k < OTHERS - start, other=0.0)
+        if COLUMNS != 0:
+            if line_weights is not None:
+                at = line_weights + tl.cast(start // COLUMNS, tl.int64) * LINES + lines
+                p = p.to(tl.float32) * tl.load(at, mask=lines < LINES, other=0.0)[:, None]
+            else:
+                p = p.to(tl.float32) * b[None, :]
+        elif line_weights is not None:
             p = p.to(tl.float32) * (a[:, None] + b[None, :])
         if line_sums is not None:
             sums += tl.sum(p.to(tl.float32), 1)
@@ -288,34 +299,46 @@ class Gradient:
         self.want_features, self.want_bias = want_features, want_bias
         self.buffer: Tensor | None = None
 
-    def add(self, kept: Tensor, lines: slice, others: slice, first: bool = True, last: bool = True) -> None:
-        """The part of exponentials kept [lines, others]; `others` in several parts, `first` to `last`."""
+    def add(
+        self, kept: Tensor, lines: slice, others: slice, first: bool = True, last: bool = True,
+        row_weights: Tensor | None = None, along: int = 1,
+    ) -> None:  # fmt: skip
+        """The part of exponentials kept [lines, others]; `others` in several parts, `first` to `last`.
+
+        row_weights: [blocks, rows], contiguous, where rows alone have weights, others for each ROW_BLOCK columns; `along` says
+            whether lines are the rows.
+        """
         if not (self.want_features or self.want_bias):
             return
         mine, features = self.lines.features[lines], self.others.features[others]
         chosen = tile("pair_gradient", mine)
         (count, d), total = mine.shape, features.shape[0]
-        chosen["BLOCK_D"] = min(chosen["BLOCK_D"], max(16, triton.next_power_of_2(d)))
+        kind, own, starts, offset = self.own
+        if kind == INDEX:
+            own = own[lines]
+        widest = 128 if kind == LISTS else chosen["BLOCK_D"]  # the loop over a column's rows needs registers too
+        chosen["BLOCK_D"] = min(chosen["BLOCK_D"], widest, max(16, triton.next_power_of_2(d)))
         grid = (cdiv(count, chosen["BLOCK_L"]) * (max(1, cdiv(d, chosen["BLOCK_D"])) if self.want_features else 1),)
         if not (first and last) and self.buffer is None and self.want_features:
             whole = self.out.dtype == torch.float32 and count == self.out.shape[0]
             self.buffer = self.out if whole else kept.new_empty((count, d), dtype=torch.float32)
-        kind, own, starts, offset = self.own
-        if kind == INDEX:
-            own = own[lines]
+        line_weights, other_weights = part(self.lines.weights, lines), part(self.others.weights, others)
+        if row_weights is not None:
+            line_weights, other_weights = (row_weights, None) if along else (None, row_weights)
         even = count % chosen["BLOCK_L"] == 0 and total % chosen["BLOCK_K"] == 0 and d % chosen["BLOCK_D"] == 0
         launch(
             _centred_gradient, grid,
             out=self.out[lines] if self.want_features else None, buffer=self.buffer,
             line_sums=self.sums if self.want_bias else None,
-            exact=self.exact, kept=kept, features=features, line_weights=part(self.lines.weights, lines),
-            other_weights=part(self.others.weights, others), partners=self.others.features,
+            exact=self.exact, kept=kept, features=features, line_weights=line_weights, other_weights=other_weights,
+            partners=self.others.features,
             line_grads=self.lines.gradients[lines], partner_grads=self.others.gradients, own=own, own_starts=starts,
             scale=self.scale, power=self.unit.power.float(), LINES=count, OTHERS=total, PARTNERS=self.others.features.shape[0],
             D=d, KEPT_LINES=kept.shape[0], KEPT_OTHERS=kept.shape[1], kept_line=kept.stride(0), kept_other=kept.stride(1),
             feature_row=features.stride(0), feature_column=features.stride(1), partner_row=self.others.features.stride(0),
             partner_column=self.others.features.stride(1), own_stride=stride(own), own_offset=offset + lines.start,
-            OWN=kind, FIRST=first, WHOLE=first and last, PRODUCT=self.want_features, EVEN=even, **chosen,
+            OWN=kind, FIRST=first, WHOLE=first and last, PRODUCT=self.want_features, EVEN=even,
+            COLUMNS=0 if row_weights is None else ROW_BLOCK, **chosen,
         )  # fmt: skip
         if last and not first and self.want_features:
             self.buffer *= self.scale / WEIGHT_SCALE

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops._schemas import stash_dtype, stash_shape
+from vlpfast.ops._schemas import stash_dtype, stash_width
 from vlpfast.ops._triton import cdiv, grouped, launch, narrow
 from vlpfast.ops.contrastive.triton_gradient import WEIGHT_SCALE, Gradient, Side, Unit, own_of_columns, own_of_rows
 from vlpfast.ops.contrastive.triton_sums import LOG2E, Pairs, chunks
@@ -176,7 +176,7 @@ def forward(
     dx = Gradient(rows, columns, own_of_rows(own, own_offset), want_features=need_x, **common)
     dy = Gradient(columns, rows, own_of_columns(own, own_offset, n), want_features=need_y, **common)
 
-    dtype, (_, width) = stash_dtype("triton", x.dtype), stash_shape(m, n, 0)
+    dtype, width = stash_dtype("triton", x.dtype), stash_width(n)
     product = (need_x or need_y) and x.shape[1] > 0
     bytes_of_a_row = max(
         width * dtype.itemsize if product else 0, 4 * n // tile("pair_softplus", x)["BLOCK_M"] if need_bias else 0

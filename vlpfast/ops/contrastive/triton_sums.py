@@ -1,4 +1,7 @@
-"""The sums of pair_logsumexp in Triton: the centred exponentials tile by tile, and the exact form with running maxima."""
+"""The sums of pair_logsumexp in Triton: exponentials tile by tile, and the exact form with running maxima.
+
+Tiles have the same shift (centred), or, for rows alone, each row of a tile its largest logit there.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +46,31 @@ def sums(a, b, c, AXIS: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr):
 
 @triton.jit
 def _sum_tile(
-    total, row_partial, column_partial, kept_rows, factor, shift, bias, own, row_ids, column_ids, rows, columns, part, block_row,
-    parts, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset, row_ids_stride, column_ids_stride,
+    total, row_partial, column_partial, row_shifts, kept_rows, factor, shift, bias, own, row_ids, column_ids, rows, columns, part,
+    block_row, parts, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
+    column_ids_stride,
     OWN: tl.constexpr, PRODUCTS: tl.constexpr, ROUNDED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """E = exp2(factor * total + offset), its sums by row and by column; `part`: which of the `parts` of all columns this is."""
-    offset = -shift
-    if bias is not None:
-        offset += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
-    e = tl.exp2(total * factor + offset * LOG2E)
+    """E = exp(factor * total + bias - shift), its sums by row and by column; `part`: which of the `parts` of all columns this is.
+
+    With `row_shifts` the shift of a row is its largest logit here, -inf where nothing is kept, and is written there.
+    """
     kept = kept_pairs(
         rows, columns, M, N, own, own_stride, own_offset, row_ids, row_ids_stride, column_ids, column_ids_stride, OWN, EVEN
     )
-    e = tl.where(kept, e, 0.0)
+    if row_shifts is not None:
+        s = total * factor
+        if bias is not None:
+            s += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
+        s = tl.where(kept, s, float("-inf"))
+        largest = tl.max(s, 1)
+        tl.store(row_shifts + part.to(tl.int64) * M + rows, largest, mask=rows < M)
+        e = tl.exp2((s - tl.where(largest == float("-inf"), 0.0, largest)[:, None]) * LOG2E)  # -inf - (-inf) is no number
+    else:
+        offset = -shift
+        if bias is not None:
+            offset += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
+        e = tl.where(kept, tl.exp2(total * (factor * LOG2E) + offset * LOG2E), 0.0)
     product = e * total
     if row_partial is not None:
         sum_e, sum_product, sum_rounded = sums(e, product, narrow(e, tl.bfloat16).to(tl.float32), 1, PRODUCTS, ROUNDED)
@@ -74,19 +89,20 @@ def _sum_tile(
     if kept_rows is not None:
         first = kept_rows + block_row.to(tl.int64) * rows.shape[0] * kept_row
         at = first + (tl.arange(0, rows.shape[0])[:, None] * kept_row + columns[None, :])
-        tl.store(at, narrow(e, kept_rows.dtype.element_ty), mask=(rows < KEPT)[:, None] & (columns < kept_row)[None, :])
+        tl.store(at, narrow(e, kept_rows.dtype.element_ty), mask=(rows < KEPT)[:, None] & (columns < KEPT_COLUMNS)[None, :])
 
 
 @triton.jit
 def _centred(
-    row_partial, column_partial, kept_rows, exact, x, y, scale, bias, shift, own, row_ids, column_ids,
-    M, N, D, KEPT, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
+    row_partial, column_partial, row_shifts, kept_rows, exact, x, y, scale, bias, shift, own, row_ids, column_ids,
+    M, N, D, KEPT, KEPT_COLUMNS, x_row, x_column, y_row, y_column, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
     column_ids_stride,
     OWN: tl.constexpr, PRODUCTS: tl.constexpr, ROUNDED: tl.constexpr, EVEN: tl.constexpr, EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of E = exp(S - shift): sums of rows and of columns, itself into the first KEPT rows of `kept_rows`.
 
+    With `row_shifts` [parts, M], and no `shift`, each row of a part of the columns has its own.
     PRODUCTS: the sums of E <x_i, y_j> as well; ROUNDED: those of E in bfloat16, by row. A wide tile is finished in two halves:
     whole, E and the products that it is made of need more registers than there are.
     """
@@ -101,28 +117,30 @@ def _centred(
         x, y, rows, block_column * BLOCK_N + tl.arange(0, BLOCK_N), M, N, D, x_row, x_column, y_row, y_column,
         BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION,
     )  # fmt: skip
-    factor = tl.load(scale) * LOG2E
-    c = tl.load(shift)
+    factor = tl.load(scale)
+    c = shift
+    if shift is not None:
+        c = tl.load(shift)
     if BLOCK_N >= 256:
         left, right = tl.split(tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         _sum_tile(
-            left, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
-            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride,
-            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
+            left, row_partial, column_partial, row_shifts, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
+            2 * block_column, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride,
+            own_stride, own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
         columns += BLOCK_N // 2
         _sum_tile(
-            right, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
-            2 * block_column + 1, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride,
-            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
+            right, row_partial, column_partial, row_shifts, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
+            2 * block_column + 1, block_row, 2 * blocks_across, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride,
+            own_stride, own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
     else:
         columns = block_column * BLOCK_N + tl.arange(0, BLOCK_N)
         _sum_tile(
-            total, row_partial, column_partial, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
-            block_column, block_row, blocks_across, blocks_down, M, N, KEPT, kept_row, bias_stride, own_stride, own_offset,
-            row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
+            total, row_partial, column_partial, row_shifts, kept_rows, factor, c, bias, own, row_ids, column_ids, rows, columns,
+            block_column, block_row, blocks_across, blocks_down, M, N, KEPT, KEPT_COLUMNS, kept_row, bias_stride, own_stride,
+            own_offset, row_ids_stride, column_ids_stride, OWN, PRODUCTS, ROUNDED, EVEN,
         )  # fmt: skip
 
 
@@ -200,29 +218,33 @@ class Pairs:
         return (bound - MAX_EXPONENT + math.log(max(m, n)) + 1).clamp(min=0)  # keeps NaN
 
     def centred(
-        self, shift: Tensor, begin: int, end: int, kept: Tensor, sum_rows: bool = False, sum_columns: bool = False,
+        self, shift: Tensor | None, begin: int, end: int, kept: Tensor, sum_rows: bool = False, sum_columns: bool = False,
         products: bool = False, exact: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         """Sums of exp(S - shift) over rows [begin, end), by tile: [3, blocks, end - begin], [3, blocks, N].
 
         With `products` those of exp(S - shift) <x_i, y_j> follow them: [2, ...].
         The first len(kept) rows of the exponentials themselves are written into `kept`; nothing is done where `exact` is set.
+        Without `shift` each row has in each ROW_BLOCK columns its largest logit for one; they come third, [blocks, end - begin].
         """
-        chosen = tile("pair_centred", self.x)
+        chosen = tile("pair_rows" if shift is None else "pair_centred" if kept.shape[0] else "pair_centred_sums", self.x)
         m, (n, d) = end - begin, self.y.shape
         blocks = cdiv(m, chosen["BLOCK_M"]), cdiv(n, chosen["BLOCK_N"])
+        parts = blocks[1] * (2 if chosen["BLOCK_N"] >= 256 else 1)
         new = {"dtype": torch.float32}
-        row_partial = self.x.new_empty(3, blocks[1] * (2 if chosen["BLOCK_N"] >= 256 else 1), m, **new) if sum_rows else None
+        row_partial = self.x.new_empty(3, parts, m, **new) if sum_rows else None
         column_partial = self.x.new_empty(3, blocks[0], n, **new) if sum_columns else None
+        row_shifts = self.x.new_empty(parts, m, **new) if shift is None else None
         launch(
             _centred, (blocks[0] * blocks[1],),
-            row_partial=row_partial, column_partial=column_partial, kept_rows=kept if kept.shape[0] else None, exact=exact,
-            shift=shift, KEPT=kept.shape[0], kept_row=kept.stride(0), **self.arguments(begin, end),
+            row_partial=row_partial, column_partial=column_partial, row_shifts=row_shifts,
+            kept_rows=kept if kept.shape[0] else None, exact=exact, shift=shift,
+            KEPT=kept.shape[0], KEPT_COLUMNS=kept.shape[1], kept_row=kept.stride(0), **self.arguments(begin, end),
             PRODUCTS=products, ROUNDED=self.x.dtype == torch.bfloat16,
             EVEN=m % chosen["BLOCK_M"] == 0 and n % chosen["BLOCK_N"] == 0,
             EVEN_K=d % chosen["BLOCK_K"] == 0, PRECISION=precision(self.x.dtype), **chosen,
         )  # fmt: skip
-        return row_partial, column_partial
+        return row_partial, column_partial, row_shifts
 
     def exact_sums(self, sums: Tensor, shifts: Tensor, exact: Tensor, along: int) -> None:
         """Where `exact` is set: `sums` ([3, lines] float64) along axis 1 or 0, each line with its own of `shifts`."""
