@@ -35,6 +35,7 @@ from vlpfast.ops import backends
 ROOT = Path(__file__).resolve().parents[1]
 Size = dict[str, int]
 Inputs = dict[str, Tensor]  # those that require a gradient are leaves
+WRONG = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}  # relative errors that no rounding explains
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Subject:
     unit_name: str  # "products", "copies"
     work: Callable[[Size], int]  # operations or bytes of one unit
     floor: float  # units that no formulation can do without
+    shapes: tuple[Size, ...] = ()  # where every formulation is checked against the base in float64, for the list of wrong results
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,30 @@ def errors(case: Case, only: str | None) -> dict[str, dict[str, float]]:
         name: {key: relative(found.get(key), value) for key, value in exact.items()}
         for name, found in ((name, step(f, inputs)) for name, f in case.formulations(only).items())
     }
+
+
+def wrong(case: Case, only: str | None) -> dict[str, list[str]]:
+    """For each formulation the sizes at which its result is off by more than WRONG, or what it raised there."""
+    found: dict[str, list[str]] = {name: [] for name in case.formulations(only)}
+    for size in case.subject.shapes:
+        inputs = {name: t.detach() for name, t in case.inputs(size).items()}
+        exact = case.formulations()[case.subject.base].function(**{name: t.double() for name, t in inputs.items()})
+        for name, formulation in case.formulations(only).items():
+            try:
+                error = float((formulation.function(**inputs).double() - exact).norm() / exact.norm())
+            except Exception as raised:  # whatever a peer does is the finding
+                found[name].append(f"{size}: {type(raised).__name__}: {raised}")
+            else:
+                if not error <= WRONG[case.dtype]:
+                    found[name].append(f"{size}: error {error:.0e}")
+    return found
+
+
+def square_rate(device: str, dtype: str) -> float:
+    """GFLOP/s of a product of two matrices of 2048 x 2048 (on a GPU 8192 x 8192), the best of ten."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10)) / 1e9
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
@@ -288,11 +314,17 @@ def main(script: str, subjects: dict[str, Subject], description: str) -> None:
         return
     about = machine(args.device, args.threads)
     print(", ".join(f"{key} {about[key]}" for key in ("machine", "processor", "instructions", "threads", "torch", "commit")))
+    about["square_giga_per_second"] = square_rate(args.device, cases[0].dtype)
+    print(f"a large square product runs at {about['square_giga_per_second']:.0f} GFLOP/s")
     found = []
     repeats = 2 if args.quick else args.repeats
     for case in cases:
         rows = measure(case, args.threads, repeats, args.only)
         show(case, rows)
+        shapes = len(case.subject.shapes)
+        for name, sizes in wrong(case, args.only).items() if shapes else ():
+            next(row for row in rows if row["name"] == name)["wrong"] = sizes
+            print(f"{name}: right at {shapes - len(sizes)} of {shapes} shapes", *sizes, sep="\n    ")
         found.append((case, rows))
     path = args.json
     if path is None and not (args.quick or args.only or chosen or args.dtype or len(args.subject) < len(subjects)):

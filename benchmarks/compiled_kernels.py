@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from vlpfast.ops import _triton
 from vlpfast.ops._triton import Launch
 from vlpfast.ops.contrastive import triton_distill, triton_pair, triton_sample, triton_softplus
+from vlpfast.ops.contrastive.distill import triton_width
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -70,8 +71,8 @@ def sample_hard_negatives(dtype: torch.dtype, uniform: float) -> None:
 
 
 def pair_distill(dtype: torch.dtype, need_y: bool) -> None:
-    """A batch of 64 against a queue of 65,536 in one pass, or the whole of a square problem with a gradient for y."""
-    m, n, d = (N, N, D) if need_y else (64, 65536, 256)
+    """64 rows against a queue of 65,536 in one pass, or a square problem with a gradient for y."""
+    m, n, d = (N, N, D) if need_y else (64, 65536, triton_width(dtype))
     x, y = (torch.empty(size, d, dtype=dtype, device="meta") for size in (m, n))
     scale, offset = torch.empty((), device="meta"), 0 if need_y else None
     problem = x, y, x, None, scale, scale, None, None, offset, None, None
@@ -179,7 +180,9 @@ def variant(launch: Launch) -> str:
     parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
     kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
     sums = ", summed" if launch.arguments.get("row_partial") is not None else ""
-    if launch.arguments.get("row_shifts") is not None or launch.arguments.get("COLUMNS"):
+    if launch.kernel.__name__ in ("_centred", "_centred_gradient") and (
+        launch.arguments.get("row_shifts") is not None or launch.arguments.get("COLUMNS")
+    ):
         along += ", rows alone"
     return along + sums + kept + {(True, False): ", first chunk", (False, False): ", next chunk"}.get(parts, "")
 

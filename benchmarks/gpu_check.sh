@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build, GPU tests, a sanitizer run, benchmarks against the peers.
 #   OUT=folder      where everything is written (default: benchmarks/results/gpu)
-#   PEERS=folder    wheels of other packages to compare with (memeff, inf-cl, cut-cross-entropy, liger-kernel); installed beside
+#   PEERS=folder    wheels of other packages to compare with (memeff, inf-cl, cut-cross-entropy, liger-kernel,
+#                   late-interaction-kernels, flash-maxsim) and of pytest with pytest-xdist where they are missing; installed beside
 # Needs python3 with torch and triton; builds the C++ operators if a compiler is there. Every step runs even if an earlier one
 # fails, each within its own limit: all of it ends within 9 minutes. The summary stands last and in $OUT/summary.txt.
 set -uo pipefail
@@ -30,20 +31,25 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 nvidia-smi >"$OUT/nvidia-smi.log" 2>&1 || { echo "no NVIDIA GPU on this machine"; exit 1; }
 say "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader), commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
 if [ -n "${PEERS:-}" ]; then
-    step peers 60 python3 -m pip install --quiet --no-index --no-deps --target "$OUT/peers" "$PEERS"/*.whl
+    step peers 30 python3 -m pip install --quiet --no-index --no-deps --target "$OUT/peers" "$PEERS"/*.whl
     export PYTHONPATH="$PYTHONPATH:$OUT/peers"
 fi
-[ -e vlpfast/_C.so ] || step build 90 python3 setup.py build_ext --inplace
+[ -e vlpfast/_C.so ] || step build 60 python3 setup.py build_ext --inplace
 step doctor 60 python3 -m vlpfast.cli.doctor
-step tests 150 python3 -m pytest -q -m gpu tests
+workers=() # most of the tests' time is compiling kernels
+python3 -c "import xdist" 2>/dev/null && workers=(-n 8)
+step tests 150 python3 -m pytest -q -m gpu "${workers[@]}" tests
 if command -v compute-sanitizer >/dev/null; then
-    step sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -q -m gpu tests/ops -k "17x17x8 or offset"
+    step sanitizer 45 compute-sanitizer --tool memcheck --error-exitcode 9 python3 -m pytest -q -m gpu tests/ops -k "17x17x8 or offset"
 else
     say "sanitizer: not run, compute-sanitizer is not on this machine"
 fi
-step contrastive 150 python3 benchmarks/contrastive.py --device cuda --json "$OUT/contrastive-cuda.json"
+step contrastive 120 python3 benchmarks/contrastive.py --device cuda --json "$OUT/contrastive-cuda.json"
+step maxsim 60 python3 benchmarks/maxsim.py --device cuda --json "$OUT/maxsim-cuda.json"
 rm -rf "$OUT/peers"
-tail -n +3 "$OUT/contrastive.log" >>"$OUT/summary.txt"
+for name in contrastive maxsim; do
+    tail -n +3 "$OUT/$name.log" >>"$OUT/summary.txt"
+done
 echo
 cat "$OUT/summary.txt"
 exit $status

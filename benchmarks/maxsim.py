@@ -12,6 +12,7 @@ M sets of P tokens, N sets of T tokens of width D, every pair scored. The unit i
     filip      FILIP's two mean similarities of images and texts, both directions, forward and backward
 "recompute" is stash_bytes = 0: winners are found again in the backward. Other packages take part where they can be imported;
 maxsim_cpu runs in a process of its own, whose memory is not counted.
+Results of `rerank` are checked at several lengths and widths; where one is wrong it is listed.
 How time, memory and errors are taken is told in benchmarks/_measure.py.
 """
 
@@ -173,7 +174,9 @@ def size(m: int, n: int, p: int, t: int, d: int) -> Size:
     return {"m": m, "n": n, "p": p, "t": t, "d": d}
 
 
-def subject(formulations: Callable[[str], dict[str, Formulation]], full: Size, quick: Size, **options: Any) -> Subject:
+def subject(
+    formulations: Callable[[str], dict[str, Formulation]], full: Size, quick: Size, shapes: tuple[Size, ...] = (), **options: Any
+) -> Subject:
     return Subject(
         "eager",
         lambda *arguments: inputs(*arguments, **options),
@@ -183,11 +186,22 @@ def subject(formulations: Callable[[str], dict[str, Formulation]], full: Size, q
         "products",
         lambda s: 2 * s["m"] * s["n"] * s["p"] * s["t"] * s["d"],
         1,
+        shapes,
     )
 
 
+# lengths and widths of queries and documents in use, multiples of something and not
+SHAPES = (
+    *(
+        size(1, 7, p, t, d)
+        for p, t, d in ((1, 180, 128), (32, 30, 128), (32, 180, 128), (33, 180, 128), (48, 300, 96), (64, 64, 128), (17, 13, 50))
+    ),
+    size(1, 3, 128, 1024, 128),
+    size(1, 3, 1024, 1024, 128),
+)
+
 SUBJECTS = {
-    "rerank": subject(reranking, size(1, 1000, 32, 300, 128), size(1, 40, 32, 30, 128), gradients=False),
+    "rerank": subject(reranking, size(1, 1000, 32, 300, 128), size(1, 40, 32, 30, 128), SHAPES, gradients=False),
     "train": subject(training, size(64, 64, 32, 128, 128), size(8, 8, 32, 100, 128)),
     "cross": subject(training, size(128, 128, 32, 300, 128), size(8, 9, 32, 150, 128)),
     "filip": subject(filip, size(64, 64, 197, 77, 256), size(5, 6, 197, 77, 256)),

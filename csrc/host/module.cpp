@@ -1,8 +1,9 @@
-// vlpfast._host: helpers of the data path without tensors. All of them release the GIL.
+// vlpfast._host: helpers of the data path and solvers, without tensors. All of them release the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "assignment.h"
 #include "parallel.h"
 #include "reader.h"
 #include "shard.h"
@@ -75,10 +76,35 @@ py::list read_ranges(Reader& reader, const Numbers& files, const Numbers& offset
     return out;
 }
 
+template <class T> using Contiguous = py::array_t<T, py::array::c_style>;
+
+template <class T>
+py::array_t<int64_t> assign_all(const Contiguous<T>& similarity, const Contiguous<bool>& rows,
+                                const Contiguous<bool>& columns, int threads) {
+    if (similarity.ndim() != 3 || rows.ndim() != 2 || columns.ndim() != 2 || rows.shape(0) != similarity.shape(0) ||
+        columns.shape(0) != similarity.shape(0) || rows.shape(1) != similarity.shape(1) ||
+        columns.shape(1) != similarity.shape(2))
+        throw py::value_error("similarity, rows, columns: expected shapes [B, P, T], [B, P], [B, T]");
+    py::array_t<int64_t> partner({columns.shape(0), columns.shape(1)});
+    int64_t* const out = partner.mutable_data();
+    const py::gil_scoped_release release;
+    assign(similarity.shape(0), similarity.shape(1), similarity.shape(2), similarity.data(), rows.data(),
+           columns.data(), out, threads);
+    return partner;
+}
+
+template <class T> void define_assign(py::module_& module) {
+    module.def(
+        "assign", &assign_all<T>, py::arg("similarity").noconvert(), py::arg("rows").noconvert(),
+        py::arg("columns").noconvert(), py::arg("threads"),
+        "similarity float32 or float64 [B, P, T], rows bool [B, P], columns bool [B, T], C-contiguous. int64 [B, T]: "
+        "the row of each column in the one-to-one matching of the largest sum, -1 for none.");
+}
+
 } // namespace
 
 PYBIND11_MODULE(_host, module) {
-    module.doc() = "Tar shards and byte ranges; vlpfast/data/_tar.py is the same in plain Python.";
+    module.doc() = "Tar shards and byte ranges (vlpfast/data/_tar.py is the same in plain Python), linear assignment.";
 
     py::register_local_exception_translator([](std::exception_ptr thrown) {
         try {
@@ -122,4 +148,7 @@ PYBIND11_MODULE(_host, module) {
         .def("read", &read_ranges, py::arg("files"), py::arg("offsets"), py::arg("sizes"), py::arg("threads"),
              "files, offsets, sizes: int64 [N]. N uint8 arrays; OSError with the path where a range cannot be read "
              "whole.");
+
+    define_assign<float>(module);
+    define_assign<double>(module);
 }

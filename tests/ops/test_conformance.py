@@ -23,9 +23,12 @@ LARGE = {
     "257x509x67", "509x257x67", "3x1023x5", "3x1024x5", "2047x3x5", "2048x3x5", "2049x3x5", "random, scale 100", "low loss",
     "centred sums underflow, two tiles of rows", "centred sums underflow, two tiles of columns",
 }  # fmt: skip
-# ... for the other dtypes and for clip_loss these.
+# ... for the other dtypes and for clip_loss these, ...
 SOME = {"3x4x0", "1x1x7, nothing left", "17x17x8", "2x2x3", "index", "bias", "leave out", "rows, one column for all", "strided"}
 SOME |= {"centred sums underflow, all arguments"}
+# ... and of the other operators, in bfloat16 and one of each kind in the other dtypes, these.
+MAIN = ("pair_logsumexp", "clip_loss", "pair_softplus", "pair_distill, one pass")
+FEW = {"17x17x8", "index", "strided", "some rows left out wholly", "momentum, queue"}
 
 
 def marks(op: str, backend: str, dtype: torch.dtype, case: str) -> list[pytest.MarkDecorator]:
@@ -34,7 +37,11 @@ def marks(op: str, backend: str, dtype: torch.dtype, case: str) -> list[pytest.M
     if torch.cuda.is_available():
         return [pytest.mark.gpu]
     usual = "pair_logsumexp" in op and dtype == torch.bfloat16 and case not in LARGE
-    return [] if usual or case in SOME else [pytest.mark.interpreter]
+    older = op.startswith(("pair_logsumexp", "clip_loss"))
+    wanted = SOME if older or (op.startswith(MAIN) and dtype == torch.bfloat16) else FEW
+    if not older and dtype != torch.bfloat16 and not op.startswith(MAIN):
+        wanted = set()
+    return [] if usual or case in wanted else [pytest.mark.interpreter]
 
 
 TABLE = [

@@ -241,3 +241,18 @@ def _(grad_x_to_y, grad_y_to_x, x: Tensor, y: Tensor, x_start, y_start, x_keep, 
         x.new_empty((x.shape[0] if need_x else 0, x.shape[1])),
         y.new_empty((y.shape[0] if need_y else 0, y.shape[1])),
     )
+
+
+# One-to-one partners of the largest sum: similarity [..., P, T], rows [..., P] and columns [..., T] bool, True: may have one.
+# partner [..., T] int64: the row of each column, -1 for none; -1 throughout where something that counts is not finite. It is
+# solved on the host (vlpfast/ops/maxsim/assignment.py), whatever the tensors' device.
+torch.library.define(
+    "vlpfast::assignment",
+    "(Tensor similarity, Tensor rows, Tensor columns) -> Tensor partner",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("vlpfast::assignment")
+def _(similarity: Tensor, rows: Tensor, columns: Tensor):
+    return similarity.new_empty((*similarity.shape[:-2], similarity.shape[-1]), dtype=torch.int64)

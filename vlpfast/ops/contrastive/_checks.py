@@ -144,6 +144,7 @@ def check_rows(name: str, features: Any, rows: int, x: Tensor) -> None:
         raise ValueError(f"{name}: expected shape [{rows}, width], got {tuple(features.shape)}")
     if features.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} as x has, got {features.device}")
+    debug.check_finite(name, features)
 
 
 def check_same_length(x: Tensor, y: Tensor) -> None:
@@ -239,6 +240,7 @@ def check_nonnegative(name: str, value: Any, kinds: str = "a float") -> float:
 def check_alpha(alpha: Any, x: Tensor) -> None:
     if isinstance(alpha, Tensor):
         check_tensor("alpha", alpha, x.device, DTYPES, None)
+        debug.check_within("alpha", alpha, 0, 1)
     elif not _is_number(alpha):
         raise TypeError(f"alpha: expected a number or a 0-d tensor, got {alpha!r}")
     elif not 0 <= alpha <= 1:

@@ -16,6 +16,7 @@ from vlpfast.ops.contrastive._checks import (
     check_directions,
     check_features,
     check_leave_out,
+    check_loss_scale,
     check_more_features,
     check_own,
     check_rows,
@@ -30,7 +31,6 @@ from vlpfast.ops.contrastive.losses import Directions
 from vlpfast.ops.contrastive.pair import STASH_BYTES
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
-TRITON_WIDTH = 256  # of features up to which Triton makes the gradient of x in the forward
 
 
 class Distilled(NamedTuple):
@@ -84,6 +84,7 @@ def pair_distill(
         bias_t: 0-d or [N], added to the teacher's logits of every row (minus a centre over its temperature, for DINO).
         stash_bytes: where y needs a gradient, the forward keeps as many of the 2 * M * N products for the backward as fit, and
             the backward makes the others again. Where only x or scale needs one it is made in the forward, and nothing is kept.
+            Triton's kernels never keep any, and make the gradient of x in the forward for features up to 256 wide (float32: 128).
 
     Returns:
         (student, teacher, cross), [M] each, in float32 (float64 for float64 features); -inf, -inf and 0 where every pair is left
@@ -127,7 +128,7 @@ def _pair_distill(x, y, x_t, y_t, scale, scale_t, own, leave_out, bias_t, stash_
     x_t, y_t, scale_t, bias_t = (None if t is None else t.detach() for t in (x_t, y_t, scale_t, bias_t))
     need_x, need_y = (torch.is_grad_enabled() and t.requires_grad for t in (x, y))
     triton = backend == "triton"  # keeps no products, and makes slopes of narrow features alone
-    in_one_pass = need_x and not need_y and not (triton and max(x.shape[1], x_t.shape[1]) > TRITON_WIDTH)
+    in_one_pass = need_x and not need_y and not (triton and max(x.shape[1], x_t.shape[1]) > triton_width(x.dtype))
     keep = stash_bytes // accumulate_dtype(x.dtype).itemsize if need_y and not triton else 0
     student, teacher, cross, *_ = PairDistill.apply(
         backend, x, y, x_t, y_t, scale, scale_t, bias_t, own_index, own_offset, row_ids, column_ids, in_one_pass, keep
@@ -206,6 +207,7 @@ def distilled_contrastive_loss(
             check_weights(name, value, x)
     x, y, x_t, y_t, row_queue, col_queue = common_dtype(x, y, x_t, y_t, row_negatives, col_negatives)
     x_t, y_t, row_queue, col_queue = (None if t is None else t.detach() for t in (x_t, y_t, row_queue, col_queue))
+    check_loss_scale(scale)
     scale = check_scale(scale, x)
     scale_t = scale.detach() if scale_t is None else check_scale(scale_t, x, "scale_t").detach()
 
@@ -236,6 +238,11 @@ def _merged(own: Distilled, more: Distilled, own_logits: Tensor, own_logits_t: T
     return Distilled(logaddexp(own.student, more.student - own_logits), teacher, cross)
 
 
+def triton_width(dtype: torch.dtype) -> int:
+    """The width of features up to which Triton has sums E y in registers, and so makes the gradient of x in the forward."""
+    return 128 if dtype == torch.float32 else 256
+
+
 class PairDistill(torch.autograd.Function):
     """Arguments and results of torch.ops.vlpfast.pair_distill_fwd of one backend; student and cross have gradients."""
 
@@ -258,8 +265,8 @@ class PairDistill(torch.autograd.Function):
         grad_student = stats.new_zeros(x.shape[0]) if grad_student is None else grad_student
         grad_cross = stats.new_zeros(x.shape[0]) if grad_cross is None else grad_cross
         dx, dy, dscale = _Gradient.apply(
-            ctx.backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, ctx.own_offset, row_ids, column_ids,
-            stats, slopes, stash, *ctx.needs_input_grad[1:3],
+            ctx.backend, grad_student, grad_cross, x, y, x_t, y_t, scale, scale_t, bias_t, own, ctx.own_offset, row_ids,
+            column_ids, stats, slopes, stash, *ctx.needs_input_grad[1:3],
         )  # fmt: skip
         need_x, need_y, _, _, need_scale = ctx.needs_input_grad[1:6]
         return None, dx if need_x else None, dy if need_y else None, None, None, dscale if need_scale else None, *[None] * 8

@@ -81,8 +81,10 @@ def sample_hard_negatives(
 
 
 def _sample_hard_negatives(x, y, scale, count, own, leave_out, uniform, seed) -> Tensor:
-    kernels = {name: device for name, device in KERNELS.items() if name != "triton" or count <= TRITON_COUNT}
-    backend = backends.choose("sample_hard_negatives", kernels, x.device, x.dtype)
+    op, kernels = "sample_hard_negatives", KERNELS
+    if count > TRITON_COUNT:
+        op, kernels = f"{op} with count > {TRITON_COUNT}", {name: kind for name, kind in KERNELS.items() if name != "triton"}
+    backend = backends.choose(op, kernels, x.device, x.dtype)
     if backend == "reference":
         return reference.sample_hard_negatives(x, y, scale, count, own=own, leave_out=leave_out, uniform=uniform, seed=seed)
     own_index, own_offset = (own, None) if isinstance(own, Tensor) else (None, own)

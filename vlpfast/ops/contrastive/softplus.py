@@ -114,7 +114,7 @@ def _checked(x, y, scale, own, leave_out, bias, negative_weight) -> tuple[Tensor
 
 
 class PairSoftplus(torch.autograd.Function):
-    """Arguments and results of torch.ops.vlpfast.pair_softplus (vlpfast/ops/_schemas.py) of one backend; the loss alone has gradients.
+    """Arguments and results of torch.ops.vlpfast.pair_softplus of one backend; the loss alone has gradients.
 
     They come with the loss, in the accumulating dtype: a half type's are rounded once, after the incoming gradient (a mean's
     small factor, a loss scaler's large one) has been multiplied in.

@@ -1,11 +1,10 @@
-"""pair_distill in Triton: pair_distill_fwd_triton and pair_distill_bwd_triton of vlpfast/ops/_schemas.py; csrc/contrastive/distill.cpp
-explains them.
+"""pair_distill in Triton: pair_distill_fwd_triton and pair_distill_bwd_triton of vlpfast/ops/_schemas.py.
 
-Rows may be few and columns many: a program goes over some columns for a block of rows, with running maxima, and a second kernel
-merges what the programs found. Where features are up to WIDEST wide a tile of y is read once, for student and teacher and, where only
-x or scale needs a gradient, for the sums E_s y and E_t y that make it: the backward then has no product. Otherwise the backward makes
-P = dLoss/dS again, some rows at a time, and multiplies it as pair_logsumexp's weights are multiplied (triton_gradient.py); nothing
-is kept.
+See csrc/contrastive/distill.cpp for the form of the sums. Rows may be few and columns many: a program goes over some columns for
+a block of rows, with running maxima, and a second kernel merges what the programs found. Of narrow features (triton_width) a tile
+of y is read once, for student and teacher and, where only x needs a gradient, for the sums E_s y and E_t y that make it: the
+backward then has no product. Otherwise the backward makes P = dLoss/dS again, some rows at a time, and multiplies it as
+pair_logsumexp's weights are multiplied (triton_gradient.py); nothing is kept.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from vlpfast.ops._schemas import stash_dtype, stash_width
 from vlpfast.ops._triton import cdiv, dot, grouped, launch, narrow
-from vlpfast.ops.contrastive.distill import TRITON_WIDTH
+from vlpfast.ops.contrastive.distill import triton_width
 from vlpfast.ops.contrastive.triton_gradient import Gradient, Side, Unit, own_of_columns, own_of_rows, times
 from vlpfast.ops.contrastive.triton_sums import LOG2E, Pairs, chunks
 from vlpfast.ops.contrastive.triton_tiles import kept_pairs, own_logits, precision, products, tile
@@ -89,23 +88,9 @@ def _distilled_sums(
             )
             if y_t is None:
                 t = products(
-                    x_t,
-                    y,
-                    rows,
-                    columns,
-                    M,
-                    N,
-                    E,
-                    x_t_row,
-                    x_t_column,
-                    y_row,
-                    y_column,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
-                    EVEN_E,
+                    x_t, y, rows, columns, M, N, E, x_t_row, x_t_column, y_row, y_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_E,
                     PRECISION,
-                )
+                )  # fmt: skip
             else:
                 t = products(
                     x_t, y_t, rows, columns, M, N, E, x_t_row, x_t_column, y_t_row, y_t_column, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_E,
@@ -161,7 +146,7 @@ def _merged_sum(sums, factors, PARTS, M, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _slope(
-    slopes, weighted, shifts, largest, total, y, column, there, PARTS, M, N, D, part_stride, d, y_row, y_column,
+    slopes, weighted, shifts, largest, total, y, column, there, PARTS, M, N, D, d, y_row, y_column,
     STEP: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sum over parts of the weighted rows of y over `total`, minus the row `column` of y where it is `there`."""
@@ -169,7 +154,7 @@ def _slope(
     for start in range(0, PARTS, STEP):
         parts = start + tl.arange(0, STEP)
         shift = tl.load(shifts + parts.to(tl.int64) * M, mask=parts < PARTS, other=float("-inf"))
-        at = weighted + parts.to(tl.int64)[:, None] * part_stride + d[None, :]
+        at = weighted + parts.to(tl.int64)[:, None] * (2 * D) * M + d[None, :]
         rows = tl.load(at, mask=(parts < PARTS)[:, None] & (d < D)[None, :], other=0.0)
         out += tl.sum(tl.exp2((shift - largest) * LOG2E)[:, None] * rows, 0)
     out = tl.where(total == 0, 0.0, out / total.to(tl.float32))
@@ -194,8 +179,9 @@ def _merge_distilled(
         # products are relative to the rounded own one, results to the exact one
         factor = tl.load(scale).to(tl.float64)
         exact = tl.load(products + row)
-        rounding = tl.load(origin + row) - exact
-        correction = factor * tl.load(origin + row) - tl.load(logits + row)
+        logit = tl.load(logits + row)
+        rounding = tl.where(logit == logit, tl.load(origin + row) - exact, logit)  # an own column that is none: NaN
+        correction = factor * tl.load(origin + row) - logit
         correction_t = tl.load(scale_t).to(tl.float64) * tl.load(origin_t + row) - tl.load(logits_t + row)
         mean = _merged_sum(at + 4 * sum_list, factors, PARTS, M, BLOCK_P) / tl.where(total == 0, 1.0, total)
         mean_t = _merged_sum(at + 5 * sum_list, factors_t, PARTS, M, BLOCK_P) / tl.where(total_t == 0, 1.0, total_t)
@@ -220,13 +206,13 @@ def _merge_distilled(
             there = column < 0
         line = row * D
         _slope(
-            slopes + line, weighted + line, at, shift, total, y, column, there, PARTS, M, N, D, 2 * M * D, d, y_row, y_column,
+            slopes + line, weighted + line, at, shift, total, y, column, there, PARTS, M, N, D, d, y_row, y_column,
             STEP, BLOCK_D,
         )  # fmt: skip
         line = (M + row) * D
         _slope(
-            slopes + line, weighted + line, at + 2 * sum_list, shift_t, total_t, y, column, there & (total_t != 0), PARTS, M, N, D,
-            2 * M * D, d, y_row, y_column, STEP, BLOCK_D,
+            slopes + line, weighted + line, at + 2 * sum_list, shift_t, total_t, y, column, there & (total_t != 0), PARTS, M, N,
+            D, d, y_row, y_column, STEP, BLOCK_D,
         )  # fmt: skip
 
 
@@ -308,13 +294,13 @@ def forward(
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (m, d), n, e = x.shape, y.shape[0], x_t.shape[1]
-    if keep or (want_slopes and max(d, e) > TRITON_WIDTH):
+    whole = max(d, e) <= triton_width(x.dtype)
+    if keep or (want_slopes and not whole):
         raise ValueError(
-            f"pair_distill_fwd_triton: expected keep = 0 and slopes up to a width of {TRITON_WIDTH}, got {keep}, {d}, {e}"
+            f"pair_distill_fwd_triton: expected keep = 0, slopes of narrow features alone, got {keep}, {d} and {e} wide"
         )
     pairs = Distillation.of(x, y, x_t, y_t, scale, scale_t, bias_t, own, own_offset, row_ids, column_ids)
-    whole = max(d, e) <= TRITON_WIDTH
-    chosen = tile("distill_sums", x)
+    chosen = tile("distill_slopes" if want_slopes else "distill_sums", x)
     programs = chosen.pop("PROGRAMS")
     chosen |= {"BLOCK_D": max(16, triton.next_power_of_2(d)), "BLOCK_E": max(16, triton.next_power_of_2(e))} if whole else {
         "BLOCK_D": 16, "BLOCK_E": 16,
@@ -335,26 +321,15 @@ def forward(
     student, teacher, cross = (x.new_empty(m, **new) for _ in range(3))
     stats, slopes = x.new_empty(6, m, **new), x.new_empty(2 if want_slopes else 0, m, d, **new)
     taken = (
-        "origin",
-        "origin_t",
-        "scale",
-        "scale_t",
-        "y",
-        "own",
-        "M",
-        "N",
-        "D",
-        "y_row",
-        "y_column",
-        "own_stride",
-        "own_offset",
+        "origin", "origin_t", "scale", "scale_t", "y", "own", "M", "N", "D", "y_row", "y_column", "own_stride", "own_offset",
         "OWN",
-    )
+    )  # fmt: skip
     launch(
         _merge_distilled, (m, max(1, cdiv(d, 64)) if want_slopes else 1),
         student=student, teacher=teacher, cross=cross, stats=stats, slopes=slopes if want_slopes else None, sums=sums,
-        weighted=weighted, logits=pairs.own[0], logits_t=pairs.own_t[0], products=pairs.own[1], PARTS=parts, sum_list=sums.stride(0),
-        **{name: arguments[name] for name in taken}, BLOCK_P=triton.next_power_of_2(parts), STEP=32, BLOCK_D=64, num_warps=4,
+        weighted=weighted, logits=pairs.own[0], logits_t=pairs.own_t[0], products=pairs.own[1], PARTS=parts,
+        sum_list=sums.stride(0), **{name: arguments[name] for name in taken}, BLOCK_P=triton.next_power_of_2(parts), STEP=32,
+        BLOCK_D=64, num_warps=4,
     )  # fmt: skip
     return student, teacher, cross, stats, slopes, x.new_empty(0, **new)
 

@@ -1,8 +1,8 @@
 """sample_hard_negatives in Triton: sample_hard_negatives_triton of vlpfast/ops/_schemas.py; reference.py says what is drawn.
 
-A program goes over some columns for a block of rows and keeps each row's best keys; a second kernel merges what the programs found.
-Random bits are the reference's own; keys are float32 where the reference's are float64, so that two columns whose keys differ by a
-few 1e-7 of themselves may change places.
+A program goes over some columns for a block of rows and keeps each row's best keys; a second kernel merges what the programs
+found. Random bits are the reference's own; keys are float32 where the reference's are float64, so that two columns whose keys
+differ by a few 1e-7 of themselves may change places.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _draw(
     OWN: tl.constexpr, UNIFORM: tl.constexpr, COUNT: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """COUNT best keys of each row among COLUMNS columns: [PARTS, M, COUNT], with UNIFORM [2, PARTS, M, COUNT]: by logit, by chance.
+    """COUNT best keys of each row among COLUMNS columns, [PARTS, M, COUNT]; UNIFORM: twice, by logit and by chance alone.
 
     sums_out [2, PARTS, M]: of exp(logit - shift) without the own pair, the shifts; where UNIFORM.
     """

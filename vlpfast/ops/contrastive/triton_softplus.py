@@ -1,8 +1,8 @@
 """pair_softplus in Triton: pair_softplus_triton of vlpfast/ops/_schemas.py; csrc/contrastive/softplus.cpp explains it.
 
-Rows come in chunks: a tile of the logits gives its sums at once and leaves P = dLoss/dS = weight * sigmoid(S) in a workspace, from
-which two products make the gradients as those of pair_logsumexp are made (triton_gradient.py). The gradients of scale and bias are
-sums over the tile, in float32, before P is rounded: where they alone are wanted there is one product.
+Rows come in chunks: a tile of the logits gives its sums at once and leaves P = dLoss/dS = weight * sigmoid(S) in a workspace,
+from which two products make the gradients as those of pair_logsumexp are made (triton_gradient.py). The gradients of scale and
+bias are sums over the tile, in float32, before P is rounded: where they alone are wanted there is one product.
 """
 
 from __future__ import annotations
@@ -101,10 +101,11 @@ def _softplus(
         QUARTER: tl.constexpr = BLOCK_N // 4
         for i in tl.static_range(4):
             part = a if i == 0 else b if i == 1 else c if i == 2 else d
+            columns = block_column * BLOCK_N + i * QUARTER + tl.arange(0, QUARTER)
             loss, dots = _columns_of_tile(
-                part, loss, dots, dot_partial is not None, column_partial, kept_rows, factor, weight, bias, own, row_ids, column_ids,
-                rows, block_column * BLOCK_N + i * QUARTER + tl.arange(0, QUARTER), block_row, M, N, kept_row, bias_stride,
-                own_stride, own_offset, row_ids_stride, column_ids_stride, OWN, EVEN,
+                part, loss, dots, dot_partial is not None, column_partial, kept_rows, factor, weight, bias, own, row_ids,
+                column_ids, rows, columns, block_row, M, N, kept_row, bias_stride, own_stride, own_offset, row_ids_stride,
+                column_ids_stride, OWN, EVEN,
             )  # fmt: skip
     else:
         loss, dots = _columns_of_tile(

@@ -71,24 +71,21 @@ def _sum_tile(
         if bias is not None:
             offset += tl.load(bias + columns.to(tl.int64) * bias_stride, mask=columns < N, other=0.0)[None, :]
         e = tl.where(kept, tl.exp2(total * (factor * LOG2E) + offset * LOG2E), 0.0)
-    row_at, column_at = row_partial, column_partial
-    if row_partial is not None:
-        row_at = row_partial + part.to(tl.int64) * M + rows
-    if column_partial is not None:
-        column_at = column_partial + block_row.to(tl.int64) * N + columns
     product = e * total
     if row_partial is not None:
-        row_sums = sums(e, product, narrow(e, tl.bfloat16).to(tl.float32), 1, PRODUCTS, ROUNDED)
-        tl.store(row_at, row_sums[0], mask=rows < M)
+        sum_e, sum_product, sum_rounded = sums(e, product, narrow(e, tl.bfloat16).to(tl.float32), 1, PRODUCTS, ROUNDED)
+        at = row_partial + part.to(tl.int64) * M + rows
+        tl.store(at, sum_e, mask=rows < M)
         if PRODUCTS:
-            tl.store(row_at + parts.to(tl.int64) * M, row_sums[1], mask=rows < M)
+            tl.store(at + parts.to(tl.int64) * M, sum_product, mask=rows < M)
         if ROUNDED:
-            tl.store(row_at + 2 * parts.to(tl.int64) * M, row_sums[2], mask=rows < M)
+            tl.store(at + 2 * parts.to(tl.int64) * M, sum_rounded, mask=rows < M)
     if column_partial is not None:
-        column_sums = sums(e, product, product, 0, PRODUCTS, False)
-        tl.store(column_at, column_sums[0], mask=columns < N)
+        column_sum, column_product, _ = sums(e, product, product, 0, PRODUCTS, False)
+        at = column_partial + block_row.to(tl.int64) * N + columns
+        tl.store(at, column_sum, mask=columns < N)
         if PRODUCTS:
-            tl.store(column_at + blocks_down.to(tl.int64) * N, column_sums[1], mask=columns < N)
+            tl.store(at + blocks_down.to(tl.int64) * N, column_product, mask=columns < N)
     if kept_rows is not None:
         first = kept_rows + block_row.to(tl.int64) * rows.shape[0] * kept_row
         at = first + (tl.arange(0, rows.shape[0])[:, None] * kept_row + columns[None, :])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlpfast.ops import debug
 from vlpfast.ops.contrastive._checks import DTYPES
 
 
@@ -58,7 +59,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Any, tokens: Tensor) -> None:
         raise ValueError(f"{name}: expected a vector of one number more than there are sets, got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != tokens.device:
         raise ValueError(f"{name}: expected device {tokens.device} as the tokens have, got {cu_seqlens.device}")
-    if not on_host(cu_seqlens):
+    if not debug.readable(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != tokens.shape[0]:
@@ -88,8 +89,3 @@ def check_sets(x: Tensor, y: Tensor, m: int, n: int, pairs: str) -> None:
 
 def _described(y: Tensor, n: int) -> str:
     return f"shape {tuple(y.shape)}" if y.ndim == 4 else f"{n} sets"
-
-
-def on_host(values: Tensor) -> bool:
-    """Whether values can be looked at: on a GPU that would wait for it, fake tensors and tensors under compilation have none."""
-    return values.device.type == "cpu" and type(values) is Tensor and not torch.compiler.is_compiling()

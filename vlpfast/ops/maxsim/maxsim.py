@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlpfast.ops import backends
+from vlpfast.ops import backends, debug
 from vlpfast.ops._schemas import accumulate_dtype, maxsim_index_dtype
 from vlpfast.ops.contrastive._checks import check_stash_bytes, same_dtype
 from vlpfast.ops.maxsim import reference
-from vlpfast.ops.maxsim._checks import check_choice, check_flag, check_masked, check_sets, check_tokens, on_host
+from vlpfast.ops.maxsim._checks import check_choice, check_flag, check_masked, check_sets, check_tokens
 from vlpfast.ops.maxsim.autograd import MaxSim
 
 KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
@@ -90,7 +90,8 @@ def maxsim(x, y, x_mask=None, y_mask=None, *, directions="both", reduction="mean
         its pairs NaN, no others.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named. Values of cu_seqlens are checked only where they are on the host.
+        TypeError, ValueError: a wrong argument, named. Values of cu_seqlens are checked only where they are on the host (on a
+            device under VLPFAST_DEBUG=1).
 
     Khattab and Zaharia 2020, "ColBERT"; Yao et al. 2022, "FILIP"; masked="zero" is how Wukong's code pads.
     """
@@ -103,7 +104,7 @@ def maxsim(x, y, x_mask=None, y_mask=None, *, directions="both", reduction="mean
     check_tokens("x", x, x_mask, x_cu_seqlens, "[M, P, D]")
     check_tokens("y", y, y_mask, y_cu_seqlens, "[M, K, T, D]" if pairs == "own" else "[N, T, D]")
     if normalize:
-        x, y = _unit(x), _unit(y)
+        x, y = unit_tokens(x), unit_tokens(y)
     x, y = same_dtype(x, y)
     a, b = _sets(x, x_mask, x_cu_seqlens), _sets(y, y_mask, y_cu_seqlens)
     check_sets(x, y, a.count, b.count, pairs)
@@ -134,7 +135,7 @@ class _Sets(NamedTuple):
 def _sets(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Sets:
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
-        longest = int(lengths.max()) if on_host(cu_seqlens) and len(lengths) else tokens.shape[0]
+        longest = int(lengths.max()) if debug.readable(cu_seqlens) and len(lengths) else tokens.shape[0]
         return _Sets(tokens, cu_seqlens.to(torch.int64), None, cu_seqlens.shape[0] - 1, longest)
     *sets, length, width = tokens.shape
     count = math.prod(sets)
@@ -178,7 +179,7 @@ def _padded(sets: _Sets) -> tuple[Tensor, Tensor]:
     return tokens, there if sets.keep is None else F.pad(sets.keep, (0, 1))[index]
 
 
-def _unit(tokens: Tensor) -> Tensor:
+def unit_tokens(tokens: Tensor) -> Tensor:
     """Rows of unit length, made in the accumulating dtype; a zero row stays, without gradient."""
     wide = tokens.to(accumulate_dtype(tokens.dtype))
     square = wide.square().sum(-1, keepdim=True)
