@@ -193,7 +193,9 @@ def variant(launch: Launch) -> str:
     parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
     kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
     sums = ", summed" if launch.arguments.get("row_partial") is not None else ""
-    if launch.arguments.get("row_shifts") is not None or launch.arguments.get("COLUMNS"):
+    if launch.kernel.__name__ in ("_centred", "_centred_gradient") and (
+        launch.arguments.get("row_shifts") is not None or launch.arguments.get("COLUMNS")
+    ):
         along += ", rows alone"
     return along + sums + kept + {(True, False): ", first chunk", (False, False): ", next chunk"}.get(parts, "")
 
