@@ -11,7 +11,7 @@ M sets of P tokens, N sets of T tokens of width D, every pair scored. The unit i
     cross      as `train`, long documents
     filip      FILIP's two mean similarities of images and texts, both directions, forward and backward
 "recompute" is stash_bytes = 0: winners are found again in the backward. Other packages take part where they can be imported;
-maxsim_cpu runs in a process of its own, whose memory is not counted.
+maxsim_cpu runs in a process of its own, whose memory is not counted: what shows is the copy of the tokens that it is handed.
 Results of `rerank` are checked at several lengths and widths; where one is wrong it is listed.
 How time, memory and errors are taken is told in benchmarks/_measure.py.
 """
