@@ -94,7 +94,7 @@ void sum_part(const Distillation<T>& d, const Rows<T>& rows, int64_t i0, int64_t
                     columns.prefetch(next + r * next_count / m, next + (r + 1) * next_count / m);
                 d.student.differences(differences, products, n, i, j0);
                 d.teacher.logits(t, products_t, n, i, j0);
-                const T most_t = largest(t, n);
+                const T most_t = largest_of(t, n);
                 const double factor_t = teacher.raise(most_t);
                 exponentiate(t, differences, n, teacher.usable_shift(), teacher.sum, teacher.mean);
                 d.teacher.refine(
@@ -104,7 +104,7 @@ void sum_part(const Distillation<T>& d, const Rows<T>& rows, int64_t i0, int64_t
                         teacher.change(t[j], by, differences[j], product - d.student.origin[i]);
                     });
                 d.student.logits(s, products, n, i, j0);
-                const T most = largest(s, n);
+                const T most = largest_of(s, n);
                 const double factor = student.raise(most);
                 exponentiate(s, differences, n, student.usable_shift(), student.sum, student.mean);
                 d.student.refine(s, n, i, j0, student.usable_shift(), most, student.sum,
@@ -270,7 +270,7 @@ Backward backward(const Distillation<T>& d, const Tensor& grad_student, const Te
                         T* const s = tile.data + r * tile.row;
                         const auto exponentials = [&](const Side<T>& side, T* out, int64_t row, T shift, T sum) {
                             side.logits(out, products.data + row * products.row, n, i, j0);
-                            const T most = largest(out, n);
+                            const T most = largest_of(out, n);
                             exponentiate(out, n, shift);
                             side.refine(out, n, i, j0, shift, most, sum, [](int64_t, double, double) {});
                         };

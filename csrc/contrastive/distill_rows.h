@@ -3,8 +3,6 @@
 
 #include "common/simd.h"
 
-#include <limits>
-
 namespace vlpfast::contrastive {
 namespace { // each copy's dispatcher would otherwise be exported
 
@@ -17,24 +15,6 @@ template <class T> VLPFAST_CLONES void to_logits(T* out, const T* s, int64_t n, 
 template <class T> VLPFAST_CLONES void subtract(T* out, const T* s, int64_t n, T origin) {
     for (int64_t j = 0; j < n; ++j)
         out[j] = s[j] - origin;
-}
-
-// NaN is passed over (it shows in the sums).
-template <class T> VLPFAST_CLONES T largest(const T* s, int64_t n) {
-    T lanes[kLanes];
-    for (T& lane : lanes)
-        lane = -std::numeric_limits<T>::infinity();
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-        for (int l = 0; l < kLanes; ++l)
-            lanes[l] = s[j + l] > lanes[l] ? s[j + l] : lanes[l];
-    }
-    for (; j < n; ++j)
-        lanes[0] = s[j] > lanes[0] ? s[j] : lanes[0];
-    T most = lanes[0];
-    for (const T lane : lanes)
-        most = lane > most ? lane : most;
-    return most;
 }
 
 // s = exp(s - shift). No s may be above the shift.
