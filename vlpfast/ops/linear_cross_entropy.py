@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import debug
+from vlpfast.ops._checks import DTYPES, check_count, check_tensor
 from vlpfast.ops._schemas import accumulate_dtype
-from vlpfast.ops.contrastive._checks import DTYPES, check_count, check_smoothing, check_tensor
+from vlpfast.ops.contrastive._checks import check_smoothing
 from vlpfast.ops.contrastive._parts import common_dtype, listed_dots, mean, row_dots, softplus
 from vlpfast.ops.contrastive.pair import STASH_BYTES, pair_logsumexp
 

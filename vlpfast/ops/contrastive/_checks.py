@@ -1,7 +1,4 @@
-"""Argument checks of the contrastive operators: before dispatch, on real and fake tensors alike.
-
-Values on a device, and of whole matrices, are looked at under VLPFAST_DEBUG=1 alone (vlpfast/ops/debug.py).
-"""
+"""Argument checks of the contrastive operators, beside the shared ones of vlpfast/ops/_checks.py."""
 
 from __future__ import annotations
 
@@ -12,9 +9,8 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import debug
+from vlpfast.ops._checks import DTYPES, check_tensor
 from vlpfast.ops._schemas import accumulate_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def check_features(x: Tensor, y: Tensor) -> None:
@@ -36,12 +32,6 @@ def check_shapes(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"y: expected width {x.shape[1]} as x has, got {y.shape[1]}")
     if y.device != x.device:
         raise ValueError(f"y: expected device {x.device} as x has, got {y.device}")
-
-
-def same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider of their dtypes."""
-    dtype = torch.promote_types(x.dtype, y.dtype)
-    return x.to(dtype), y.to(dtype)
 
 
 def check_scale(scale: Any, x: Tensor, name: str = "scale") -> Tensor:
@@ -88,26 +78,6 @@ def check_leave_out(leave_out: Any, m: int, n: int, device: torch.device) -> Non
         raise TypeError(f"leave_out: expected a pair (row_ids, column_ids), got {type(leave_out).__name__}")
     for name, ids, count in (("leave_out[0]", leave_out[0], m), ("leave_out[1]", leave_out[1], n)):
         check_tensor(name, ids, device, (torch.int64,), count)
-
-
-def check_stash_bytes(stash_bytes: Any) -> None:
-    if isinstance(stash_bytes, bool) or not isinstance(stash_bytes, int):
-        raise TypeError(f"stash_bytes: expected an int, got {type(stash_bytes).__name__}")
-    if stash_bytes < 0:
-        raise ValueError(f"stash_bytes: expected >= 0, got {stash_bytes}")
-
-
-def check_tensor(name: str, value: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], length: int | None) -> None:
-    """`length`: of a vector; None: a 0-d tensor is expected."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected {' or '.join(str(dtype) for dtype in dtypes)}, got {value.dtype}")
-    if value.ndim != (0 if length is None else 1) or (length is not None and value.shape[0] != length):
-        expected = "a 0-d tensor" if length is None else f"a vector of length {length}"
-        raise ValueError(f"{name}: expected {expected}, got {value.ndim} dimensions and {value.numel()} elements")
-    if value.device != device:
-        raise ValueError(f"{name}: expected device {device} as x has, got {value.device}")
 
 
 def check_columns(own: Tensor, n: int, *, unique: bool) -> None:
@@ -207,13 +177,6 @@ def check_smoothing(label_smoothing: Any, x: Tensor) -> None:
 
 def check_ids(name: str, ids: Any, device: torch.device, length: int) -> None:
     check_tensor(name, ids, device, (torch.int64,), length)
-
-
-def check_count(name: str, count: Any, least: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
-    if count < least:
-        raise ValueError(f"{name}: expected >= {least}, got {count}")
 
 
 def check_unused(directions: tuple[float, float], **arguments: Any) -> None:

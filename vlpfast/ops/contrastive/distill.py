@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import backends
+from vlpfast.ops._checks import check_stash_bytes
 from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.contrastive import reference
 from vlpfast.ops.contrastive._checks import (
@@ -22,7 +23,6 @@ from vlpfast.ops.contrastive._checks import (
     check_rows,
     check_same_length,
     check_scale,
-    check_stash_bytes,
     check_unused,
     check_weights,
 )

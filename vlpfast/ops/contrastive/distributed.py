@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlpfast.ops import debug
+from vlpfast.ops._checks import DTYPES, check_tensor
 from vlpfast.ops._schemas import accumulate_dtype
-from vlpfast.ops.contrastive._checks import DTYPES, check_features, check_leave_out, check_loss_scale, check_scale, check_tensor
+from vlpfast.ops.contrastive._checks import check_features, check_leave_out, check_loss_scale, check_scale
 from vlpfast.ops.contrastive.pair import STASH_BYTES, pair_logsumexp
 from vlpfast.ops.contrastive.softplus import pair_softplus
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlpfast.ops import debug
+from vlpfast.ops._checks import DTYPES
 from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.contrastive._checks import (
-    DTYPES,
     check_bias,
     check_directions,
     check_features,

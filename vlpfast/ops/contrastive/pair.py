@@ -8,17 +8,10 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import backends
+from vlpfast.ops._checks import check_stash_bytes, same_dtype
 from vlpfast.ops._schemas import stash_dtype
 from vlpfast.ops.contrastive import reference
-from vlpfast.ops.contrastive._checks import (
-    check_bias,
-    check_features,
-    check_leave_out,
-    check_own,
-    check_scale,
-    check_stash_bytes,
-    same_dtype,
-)
+from vlpfast.ops.contrastive._checks import check_bias, check_features, check_leave_out, check_own, check_scale
 from vlpfast.ops.contrastive.autograd import PairLogsumexp
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type

@@ -6,17 +6,9 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import backends
+from vlpfast.ops._checks import check_count, check_tensor, same_dtype
 from vlpfast.ops.contrastive import reference
-from vlpfast.ops.contrastive._checks import (
-    check_count,
-    check_features,
-    check_leave_out,
-    check_nonnegative,
-    check_own,
-    check_scale,
-    check_tensor,
-    same_dtype,
-)
+from vlpfast.ops.contrastive._checks import check_features, check_leave_out, check_nonnegative, check_own, check_scale
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 TRITON_COUNT = 64  # the most columns for a row that Triton's kernels draw

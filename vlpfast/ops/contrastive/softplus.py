@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import backends
+from vlpfast.ops._checks import same_dtype
 from vlpfast.ops.contrastive import reference
 from vlpfast.ops.contrastive._checks import (
     check_bias,
@@ -17,7 +18,6 @@ from vlpfast.ops.contrastive._checks import (
     check_nonnegative,
     check_own,
     check_scale,
-    same_dtype,
 )
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import debug
+from vlpfast.ops._checks import check_count
 from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.contrastive._checks import (
-    check_count,
     check_directions,
     check_features,
     check_ids,

@@ -1,24 +1,12 @@
-"""Argument checks of late interaction: before dispatch, on real and fake tensors alike."""
+"""Argument checks of late interaction, beside the shared ones of vlpfast/ops/_checks.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vlpfast.ops import debug
-from vlpfast.ops.contrastive._checks import DTYPES
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}")
-
-
-def check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+from vlpfast.ops._checks import DTYPES, check_choice, check_cu_seqlens, check_mask
 
 
 def check_tokens(name: str, tokens: Any, mask: Any, cu_seqlens: Any, padded: str) -> None:
@@ -34,38 +22,9 @@ def check_tokens(name: str, tokens: Any, mask: Any, cu_seqlens: Any, padded: str
     if mask is not None and cu_seqlens is not None:
         raise ValueError(f"{name}_mask: expected None with {name}_cu_seqlens, got a mask")
     if mask is not None:
-        _check_mask(f"{name}_mask", mask, tokens)
+        check_mask(f"{name}_mask", mask, tokens)
     if cu_seqlens is not None:
-        _check_cu_seqlens(f"{name}_cu_seqlens", cu_seqlens, tokens)
-
-
-def _check_mask(name: str, mask: Any, tokens: Tensor) -> None:
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected torch.bool, got {mask.dtype}")
-    if mask.shape != tokens.shape[:-1]:
-        raise ValueError(f"{name}: expected shape {tuple(tokens.shape[:-1])}, got {tuple(mask.shape)}")
-    if mask.device != tokens.device:
-        raise ValueError(f"{name}: expected device {tokens.device} as the tokens have, got {mask.device}")
-
-
-def _check_cu_seqlens(name: str, cu_seqlens: Any, tokens: Tensor) -> None:
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{name}: expected a tensor or None, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {cu_seqlens.dtype}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{name}: expected a vector of one number more than there are sets, got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != tokens.device:
-        raise ValueError(f"{name}: expected device {tokens.device} as the tokens have, got {cu_seqlens.device}")
-    if not debug.readable(cu_seqlens):
-        return
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last != tokens.shape[0]:
-        raise ValueError(f"{name}: expected numbers from 0 to {tokens.shape[0]} tokens, got {first} to {last}")
-    if (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"{name}: expected numbers that never fall, got {int(cu_seqlens.diff().min())} as a length")
+        check_cu_seqlens(f"{name}_cu_seqlens", cu_seqlens, tokens)
 
 
 def check_masked(masked: Any, **packed: Any) -> None:

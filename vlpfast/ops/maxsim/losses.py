@@ -11,19 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vlpfast.ops._checks import DTYPES, check_count, check_tensor, same_dtype
 from vlpfast.ops._schemas import accumulate_dtype
-from vlpfast.ops.contrastive._checks import (
-    DTYPES,
-    check_count,
-    check_directions,
-    check_ids,
-    check_scale,
-    check_smoothing,
-    check_tensor,
-    check_unused,
-    check_weights,
-    same_dtype,
-)
+from vlpfast.ops.contrastive._checks import check_directions, check_ids, check_scale, check_smoothing, check_unused, check_weights
 from vlpfast.ops.contrastive._parts import LOWEST, mean, softplus
 from vlpfast.ops.maxsim._checks import check_sets, check_tokens
 from vlpfast.ops.maxsim.maxsim import STASH_BYTES, maxsim

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlpfast.ops import backends, debug
+from vlpfast.ops._checks import check_choice, check_flag, check_stash_bytes, same_dtype
 from vlpfast.ops._schemas import accumulate_dtype, maxsim_index_dtype
-from vlpfast.ops.contrastive._checks import check_stash_bytes, same_dtype
 from vlpfast.ops.maxsim import reference
-from vlpfast.ops.maxsim._checks import check_choice, check_flag, check_masked, check_sets, check_tokens
+from vlpfast.ops.maxsim._checks import check_masked, check_sets, check_tokens
 from vlpfast.ops.maxsim.autograd import MaxSim
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type

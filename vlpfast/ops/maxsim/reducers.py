@@ -13,10 +13,10 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
+from vlpfast.ops._checks import check_choice, check_count, check_flag
 from vlpfast.ops._schemas import accumulate_dtype
-from vlpfast.ops.contrastive._checks import check_count
 from vlpfast.ops.contrastive._parts import common_dtype
-from vlpfast.ops.maxsim._checks import check_choice, check_flag, check_sets, check_tokens
+from vlpfast.ops.maxsim._checks import check_sets, check_tokens
 from vlpfast.ops.maxsim.assignment import assignment
 from vlpfast.ops.maxsim.maxsim import unit_tokens
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlpfast.ops.contrastive._checks import DTYPES, check_count
-from vlpfast.ops.maxsim._checks import check_choice, check_flag, check_tokens
+from vlpfast.ops._checks import DTYPES, check_choice, check_count, check_flag
+from vlpfast.ops.maxsim._checks import check_tokens
 from vlpfast.ops.maxsim.maxsim import maxsim
 
 Array = Tensor | np.ndarray
