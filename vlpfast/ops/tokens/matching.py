@@ -11,6 +11,7 @@ from vlpfast.ops import backends
 from vlpfast.ops._checks import check_choice, check_count, check_mask
 from vlpfast.ops.tokens import reference
 from vlpfast.ops.tokens._checks import check_tokens
+from vlpfast.ops.tokens.autograd import dense
 
 KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
 
@@ -140,4 +141,4 @@ def _match(metric: Tensor, a: Tensor, b: Tensor, r: int, protect: int, mask: Ten
     with torch.autocast(device.type, enabled=False):
         if backend == "reference":
             return Match(*reference.match(metric, a, b, r, protect, mask, by_score))
-        return Match(*torch.ops.vlpfast.match_tokens(metric, a, b, r, protect, mask, by_score))
+        return Match(*torch.ops.vlpfast.match_tokens(dense(metric), a, b, r, protect, mask, by_score))
