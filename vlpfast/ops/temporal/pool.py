@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlpfast.ops import backends
 from vlpfast.ops._checks import check_choice, check_count
 from vlpfast.ops.temporal import reference
 from vlpfast.ops.temporal._checks import check_features
+from vlpfast.ops.temporal.autograd import MaxPool, MeanPool
 
-KERNELS: dict[str, str] = {}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
 
 def pool_tokens(x: Tensor, out: Sequence[int | None], mode: str = "avg") -> Tensor:
@@ -42,7 +44,9 @@ def _pool(x: Tensor, out: tuple[int, int, int], mode: str) -> Tensor:
     backend = backends.choose("pool_tokens", KERNELS, x.device, x.dtype)
     if backend == "reference":
         return reference.pool_tokens(x, out, mode)
-    raise NotImplementedError(backend)
+    if mode == "avg":
+        return MeanPool.apply(backend, x, out)
+    return MaxPool.apply(backend, x, out, torch.is_grad_enabled() and x.requires_grad)[0]
 
 
 def _sizes(x: Tensor, out: Any) -> tuple[int, int, int]:

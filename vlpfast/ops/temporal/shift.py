@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,16 +12,17 @@ from vlpfast.ops import backends
 from vlpfast.ops._checks import check_count, check_flag
 from vlpfast.ops.temporal import reference
 from vlpfast.ops.temporal._checks import check_features
+from vlpfast.ops.temporal.autograd import FrameShift, operator
 
-KERNELS: dict[str, str] = {}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
 
 def token_roll(x: Tensor, fold: int, *, skip: int = 1, both_ways: bool = True) -> Tensor:
     """All-in-one's token rolling: `fold` tokens of each frame come from the frame before, `fold` from the one after.
 
     x: [B, F, N, C], frame t of F in order of time, N tokens each, of which the first `skip` (class tokens) stay. Tokens skip to
-    skip + fold - 1 of frame t are those of frame t - 1; with both_ways the last `fold` are those of frame t + 1. Frames are taken in
-    a circle: the first one's predecessor is the last. All other tokens stay. All-in-one has fold = N // 8.
+    skip + fold - 1 of frame t are those of frame t - 1; with both_ways the last `fold` are those of frame t + 1. Frames are taken
+    in a circle: the first one's predecessor is the last. All other tokens stay. All-in-one has fold = N // 8.
 
     Returns [B, F, N, C] of x's dtype (float32, float64, bfloat16, float16), contiguous: a permutation, whose gradient is the
     inverse one.
@@ -94,7 +96,7 @@ def _shift(name: str, x: Tensor, back: reference.Span, ahead: reference.Span, cy
     backend = backends.choose(name, KERNELS, x.device, x.dtype)
     if backend == "reference":
         return reference.frame_shift(x, back, ahead, cyclic)
-    raise NotImplementedError(backend)
+    return FrameShift.apply(backend, x, *back, *ahead, cyclic)
 
 
 def _shift_(name: str, x: Tensor, fold: int) -> None:
@@ -102,7 +104,9 @@ def _shift_(name: str, x: Tensor, fold: int) -> None:
     if backend == "reference":
         x.copy_(reference.frame_shift(x, (fold, 2 * fold), (0, fold), False))
         return
-    raise NotImplementedError(backend)
+    if not (torch.compiler.is_compiling() or x.is_inference()):
+        torch.autograd.graph.increment_version(x)  # who has saved x for a backward is told
+    operator("frame_shift_", backend)(x, fold, 2 * fold, 0, fold)
 
 
 def _check_inplace(x: Tensor, rows: Tensor, first: int, last: int) -> None:
@@ -117,6 +121,6 @@ def _check_inplace(x: Tensor, rows: Tensor, first: int, last: int) -> None:
         reach += stride * (size - 1)
     last %= rows.ndim
     joined = [(rows.stride(i), rows.shape[i]) for i in range(first, last + 1) if rows.shape[i] > 1]
-    apart = any(outer[0] != inner[0] * inner[1] for outer, inner in zip(joined, joined[1:], strict=False))
+    apart = any(outer[0] != inner[0] * inner[1] for outer, inner in pairwise(joined))
     if apart or (rows.shape[-1] > 1 and rows.stride(-1) != 1):
         raise ValueError(f"x: expected frames that lie in memory row by row for inplace=True, got strides {x.stride()}")
