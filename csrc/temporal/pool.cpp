@@ -8,14 +8,13 @@
 
 #include "common/simd.h"
 #include "common/tensors.h"
-#include "temporal/copy.h"
 
 #include <tuple>
 
 namespace vlpfast::temporal {
 namespace {
 
-constexpr int64_t kBlock = 512;        // channels that are summed at once, in the first-level cache
+constexpr int64_t kBlock = 512; // channels that are summed at once, in the first-level cache
 constexpr int64_t kTaskElements = 1 << 15;
 
 template <class S> using Wide = std::conditional_t<std::is_same_v<S, double>, double, float>;
@@ -27,7 +26,9 @@ struct Axis {
     int64_t begin(int64_t i) const { return i * from / to; }
     int64_t end(int64_t i) const { return ((i + 1) * from + to - 1) / to; }
     int64_t length(int64_t i) const { return end(i) - begin(i); }
-    int64_t longest() const { return from % std::max<int64_t>(1, to) ? from / to + 2 : from / std::max<int64_t>(1, to); }
+    int64_t longest() const {
+        return from % std::max<int64_t>(1, to) ? from / to + 2 : from / std::max<int64_t>(1, to);
+    }
     Axis reversed() const { return {to, from}; }
 };
 
@@ -40,9 +41,7 @@ struct Grid {
 
     int64_t longest() const { return t.longest() * h.longest() * w.longest(); }
     int64_t cells() const { return t.to * h.to * w.to; }
-    Cell cell(int64_t i) const {
-        return {i / w.to / h.to / t.to, i / w.to / h.to % t.to, i / w.to % h.to, i % w.to};
-    }
+    Cell cell(int64_t i) const { return {i / w.to / h.to / t.to, i / w.to / h.to % t.to, i / w.to % h.to, i % w.to}; }
     int64_t window(const Cell& c) const { return t.length(c.t) * h.length(c.h) * w.length(c.w); }
     Grid reversed() const { return {t.reversed(), h.reversed(), w.reversed()}; }
     // f(cell) for all of the window, in order
@@ -70,21 +69,34 @@ template <class S> struct Cells {
     S* at(const Cell& c) const { return data + c.b * b + c.t * t + c.h * h + c.w * w; }
 };
 
-// sum [n] = (first ? 0 : sum) + the rows times their weights, in order.
-template <int kRows, class S, class T>
-VLPFAST_CLONES void add_rows(const S* const* rows, const T* weights, int64_t n, bool first, T* sum) {
+// The rows [n] times their weights, added in order to `sum` (that is new if `first`); after the last ones times
+// `scale`.
+template <int kRows, bool kLast, class S, class T>
+VLPFAST_CLONES void add_rows(const S* const* rows, const T* weights, int64_t n, bool first, T scale, T* sum, S* out) {
     for (int64_t c = 0; c < n; ++c) {
         T total = first ? T(0) : sum[c];
         for (int k = 0; k < kRows; ++k)
             total += weights[k] * static_cast<T>(rows[k][c]);
-        sum[c] = total;
+        if constexpr (kLast)
+            out[c] = static_cast<S>(total * scale);
+        else
+            sum[c] = total;
     }
 }
 
-// out = sum / divisor
-template <class S, class T> VLPFAST_CLONES void divide(const T* sum, int64_t n, T divisor, S* out) {
-    for (int64_t c = 0; c < n; ++c)
-        out[c] = static_cast<S>(sum[c] / divisor);
+// out [n] = scale * the sum of `count` rows times their weights, four of them at a time. The rows are moved on by n.
+template <class S, class T>
+void weighted_sum(const S** rows, const T* weights, int64_t count, int64_t n, T scale, T* sum, S* out) {
+    int64_t k = 0;
+    for (; k < count - 4; k += 4)
+        add_rows<4, false>(rows + k, weights + k, n, k == 0, scale, sum, out);
+    const auto last = count - k == 4   ? add_rows<4, true, S, T>
+                      : count - k == 3 ? add_rows<3, true, S, T>
+                      : count - k == 2 ? add_rows<2, true, S, T>
+                                       : add_rows<1, true, S, T>;
+    last(rows + k, weights + k, n, k == 0, scale, sum, out);
+    for (k = 0; k < count; ++k)
+        rows[k] += n;
 }
 
 // The largest so far and its place; NaN is larger than any number, and the first of equals stays.
@@ -98,8 +110,7 @@ VLPFAST_CLONES void take_larger(const S* row, int64_t n, I place, T* best, I* pl
     }
 }
 
-template <class S, class T, class I>
-VLPFAST_CLONES void take_first(const S* row, int64_t n, T* best, I* places) {
+template <class S, class T, class I> VLPFAST_CLONES void take_first(const S* row, int64_t n, T* best, I* places) {
     for (int64_t c = 0; c < n; ++c) {
         best[c] = static_cast<T>(row[c]);
         places[c] = 0;
@@ -119,60 +130,45 @@ template <class From, class To> VLPFAST_CLONES void convert(const From* in, int6
 }
 
 // f(cell, its number) for every cell of `clips` results, in parallel.
-template <class F> void each_cell(const Grid& grid, int64_t clips, int64_t width, bool stream, const F& f) {
+template <class F> void each_cell(const Grid& grid, int64_t clips, int64_t width, const F& f) {
     const int64_t grain = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, grid.longest() * width));
     parallel_for(0, clips * grid.cells(), grain, [&](int64_t begin, int64_t end) {
         auto make = f(); // a thread's own, with its scratch
         for (int64_t i = begin; i < end; ++i)
             make(grid.cell(i), i);
-        end_stream(stream);
     });
 }
 
-// Each cell of `out` is the sum over its window of x's cells times their weights, divided by the window's size if
-// `mean`, else each by that of the window that it is the mean of.
+// Each cell of `out` is the mean of its window of x, or the sum over it, each cell of x divided by the size of the
+// window that it is the mean of.
 template <class S> void sum_windows(const Grid& grid, const Tensor& x, const Tensor& out, bool mean) {
     using T = Wide<S>;
     const int64_t clips = x.size(0), C = x.size(4);
     const Cells<S> from(x), to(out);
-    const bool stream = out.numel() * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
     const Grid back = grid.reversed();
-    each_cell(grid, clips, C, stream, [&] {
+    each_cell(grid, clips, C, [&] {
         return [&, rows = std::vector<const S*>(), weights = std::vector<T>()](const Cell& cell, int64_t) mutable {
             rows.clear(), weights.clear();
             grid.each(cell, [&](const Cell& c) {
                 rows.push_back(from.at(c));
                 weights.push_back(mean ? T(1) : T(1) / static_cast<T>(back.window(c)));
             });
-            const T divisor = mean ? static_cast<T>(rows.size()) : T(1);
+            const auto count = static_cast<int64_t>(rows.size());
+            const T scale = mean ? T(1) / static_cast<T>(count) : T(1);
             T sum[kBlock];
-            S result[kBlock];
-            for (int64_t c = 0; c < C; c += kBlock) {
-                const int64_t n = std::min(kBlock, C - c), count = static_cast<int64_t>(rows.size());
-                for (int64_t k = 0; k < count; k += 4) {
-                    const int64_t some = std::min<int64_t>(4, count - k);
-                    (some == 4   ? add_rows<4, S, T>
-                     : some == 3 ? add_rows<3, S, T>
-                     : some == 2 ? add_rows<2, S, T>
-                                 : add_rows<1, S, T>)(rows.data() + k, weights.data() + k, n, k == 0, sum);
-                }
-                for (const S*& row : rows)
-                    row += n;
-                divide(sum, n, divisor, result);
-                copy(to.at(cell) + c, result, n * static_cast<int64_t>(sizeof(S)), stream);
-            }
+            for (int64_t c = 0; c < C; c += kBlock)
+                weighted_sum(rows.data(), weights.data(), count, std::min(kBlock, C - c), scale, sum, to.at(cell) + c);
         };
     });
 }
 
 // winners: null where they are not kept; else what of the window has won, counted in its order.
-template <class S, class U>
-void largest_of_windows(const Grid& grid, const Tensor& x, const Tensor& out, U* winners) {
+template <class S, class U> void largest_of_windows(const Grid& grid, const Tensor& x, const Tensor& out, U* winners) {
     using T = Wide<S>;
     using I = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>; // as wide, so that both are vectors of one length
     const int64_t clips = x.size(0), C = x.size(4);
     const Cells<S> from(x), to(out);
-    each_cell(grid, clips, C, false, [&] {
+    each_cell(grid, clips, C, [&] {
         return [&](const Cell& cell, int64_t number) {
             T best[kBlock];
             I places[kBlock];
@@ -203,11 +199,9 @@ void give_to_winners(const Grid& grid, const Tensor& grad, const Tensor& winners
     const Cells<S> from(grad), to(dx);
     const Cells<U> won(winners);
     const Grid forward = grid.reversed();
-    const bool stream = dx.numel() * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
-    each_cell(grid, clips, C, stream, [&] {
+    each_cell(grid, clips, C, [&] {
         return [&](const Cell& cell, int64_t) {
             T sum[kBlock];
-            S result[kBlock];
             for (int64_t c = 0; c < C; c += kBlock) {
                 const int64_t n = std::min(kBlock, C - c);
                 std::fill_n(sum, n, T(0));
@@ -217,8 +211,7 @@ void give_to_winners(const Grid& grid, const Tensor& grad, const Tensor& winners
                     const int64_t place = (t * forward.h.length(window.h) + h) * forward.w.length(window.w) + w;
                     add_won(from.at(window) + c, won.at(window) + c, static_cast<U>(place), n, sum);
                 });
-                convert(sum, n, result);
-                copy(to.at(cell) + c, result, n * static_cast<int64_t>(sizeof(S)), stream);
+                convert(sum, n, to.at(cell) + c);
             }
         };
     });

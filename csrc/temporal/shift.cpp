@@ -4,13 +4,26 @@
 // Elements are copied as they are, whatever they mean, a row in at most five pieces. In place a part of a row goes
 // through the frames in the order in which none is read after it was written.
 
+#include "common/simd.h"
 #include "common/tensors.h"
-#include "temporal/copy.h"
+
+#include <cstring>
 
 namespace vlpfast::temporal {
 namespace {
 
 constexpr int64_t kTaskBytes = 1 << 16;
+
+// As std::memcpy, which is slower here where a result's pages are new: it has one instruction for a long piece, and
+// each page fault starts that again. Stores past the caches are slower still on new pages, as large results have them.
+VLPFAST_CLONES void copy(char* to, const char* from, int64_t bytes) {
+    constexpr int64_t kLine = 64;
+    typedef int64_t Line __attribute__((vector_size(kLine), aligned(1), may_alias));
+#pragma GCC unroll 4
+    for (; bytes >= kLine; to += kLine, from += kLine, bytes -= kLine)
+        *reinterpret_cast<Line*>(to) = *reinterpret_cast<const Line*>(from);
+    std::memcpy(to, from, bytes);
+}
 
 // Elements [begin, end) of a row of frame t, in bytes, come from frame t + step.
 struct Piece {
@@ -79,7 +92,6 @@ Tensor frame_shift(const Tensor& x, int64_t back_begin, int64_t back_end, int64_
     const auto* const data = static_cast<const char*>(x.const_data_ptr());
     auto* const result = static_cast<char*>(out.mutable_data_ptr());
     const int64_t rows = from.B * from.F * from.R;
-    const bool stream = rows * bytes >= kStreamBytes;
     parallel_for(0, rows, std::max<int64_t>(1, kTaskBytes / bytes), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t r = i % from.R, t = i / from.R % from.F, b = i / from.R / from.F;
@@ -92,18 +104,16 @@ Tensor frame_shift(const Tensor& x, int64_t back_begin, int64_t back_end, int64_
                     continue;
                 }
                 source = (source + from.F) % from.F;
-                copy(to, row + source * from.frame + p.begin, p.end - p.begin, stream);
+                copy(to, row + source * from.frame + p.begin, p.end - p.begin);
             }
         }
-        end_stream(stream);
     });
     return out;
 }
 
 void frame_shift_(const Tensor& x, int64_t back_begin, int64_t back_end, int64_t ahead_begin, int64_t ahead_end) {
     const Layout at(x);
-    const std::vector<Piece> pieces =
-        moving(at, x.element_size(), back_begin, back_end, ahead_begin, ahead_end);
+    const std::vector<Piece> pieces = moving(at, x.element_size(), back_begin, back_end, ahead_begin, ahead_end);
     if (at.empty())
         return;
     auto* const data = static_cast<char*>(x.mutable_data_ptr());
