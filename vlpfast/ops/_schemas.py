@@ -262,10 +262,12 @@ def _(similarity: Tensor, rows: Tensor, columns: Tensor):
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 # x [B, F, R, E], elements of a row consecutive: of each row of frame t, elements back_begin to back_end come from frame t - 1,
-# ahead_begin to ahead_end from frame t + 1, the others stay. At the ends: in a circle if cyclic (frame_shift_: never), else zeros.
+# ahead_begin to ahead_end from frame t + 1, the others stay. The first and the last frame: in a circle if cyclic, else (and in
+# frame_shift_, which writes into x) zeros.
 _SPANS = "SymInt back_begin, SymInt back_end, SymInt ahead_begin, SymInt ahead_end"
-# Windows of place i of n along an axis of length L: [floor(i L / n), ceil((i + 1) L / n)). winners [B or 0, t, h, w, C]: the place
-# of the largest in its window, counted in order; their dtype is maxsim_index_dtype(pool_longest(...)). Without `largest`: means.
+# Place i of n along an axis of length L covers [floor(i L / n), ceil((i + 1) L / n)); means, or the largest. winners
+# [B or 0, t, h, w, C]: the place of the largest in its window, counted in order; their dtype is
+# maxsim_index_dtype(pool_longest((T, H, W), (t, h, w))).
 _POOL_FWD = "(Tensor x, SymInt t, SymInt h, SymInt w, bool largest, bool keep_winners) -> (Tensor pooled, Tensor winners)"
 _POOL_BWD = "(Tensor grad, Tensor winners, SymInt frames, SymInt height, SymInt width, bool largest) -> Tensor dx"
 for _suffix in ("", "_triton"):
