@@ -114,11 +114,11 @@ def _check_inplace(x: Tensor, rows: Tensor, first: int, last: int) -> None:
     if torch.is_grad_enabled() and x.requires_grad:
         what = "a leaf that requires one" if x.is_leaf else "one that requires one"
         raise ValueError(f"x: expected a tensor without a gradient for inplace=True (or torch.no_grad()), got {what}")
-    reach = 0  # of the dimensions with smaller strides
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+    dims = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(dims):  # a step must go beyond all that the smaller ones reach; no sort, which Dynamo refuses
+        reach = sum(s * (size - 1) for j, (s, size) in enumerate(dims) if s < stride or (s == stride and j < i))
         if stride <= reach:
             raise ValueError(f"x: expected memory that does not overlap for inplace=True, got strides {x.stride()}")
-        reach += stride * (size - 1)
     last %= rows.ndim
     joined = [(rows.stride(i), rows.shape[i]) for i in range(first, last + 1) if rows.shape[i] > 1]
     apart = any(outer[0] != inner[0] * inner[1] for outer, inner in pairwise(joined))
