@@ -144,7 +144,7 @@ def test_in_place_without_a_gradient_alone() -> None:
         ValueError, match=r"x: expected a tensor without a gradient for inplace=True .*, got a leaf that requires"
     ):
         channel_shift(x, 2, inplace=True)
-    with pytest.raises(ValueError, match="for inplace=True .*, got one that requires one"):
+    with pytest.raises(ValueError, match=r"for inplace=True .*, got one that requires one"):
         channel_shift(2 * x, 2, inplace=True)
     with pytest.raises(ValueError, match="without a gradient for inplace=True"):
         torch.func.grad(lambda x: channel_shift(x, 2, inplace=True).sum())(x.detach())
@@ -251,9 +251,8 @@ def test_compiles_without_a_break(backend: str, dynamic: bool) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype) -> None:
-    x = frames(2, 3, 5, 8)["x"].to(dtype)
+def test_opcheck() -> None:
+    x = frames(2, 3, 5, 8)["x"].bfloat16()
     for arguments in ((1, 3, 5, 8, True), (3, 6, 0, 3, False), (0, 0, 2, 2, False)):
         torch.library.opcheck(
             FRAME_SHIFT, (x.clone().requires_grad_(), *arguments), test_utils=("test_schema", "test_faketensor")
@@ -294,7 +293,7 @@ WRONG: dict[str, tuple[type[Exception], Callable[..., Any], dict[str, Any]]] = {
     r"fold: expected an int, got float": (TypeError, token_roll, {"fold": 2.0}),
     r"fold: expected >= 0, got -1": (ValueError, token_roll, {"fold": -1}),
     r"fold: expected at most 4 with 9 tokens and skip=1, got 5": (ValueError, token_roll, {"fold": 5}),
-    r"fold: expected at most 7 with 9 tokens and skip=2, got 8": (ValueError, token_roll, {"fold": 8, "skip": 2, "both_ways": False}),
+    r"fold: expected at most 7 .* skip=2, got 8": (ValueError, token_roll, {"fold": 8, "skip": 2, "both_ways": False}),
     r"fold: expected at most 0 with 9 tokens and skip=10, got 0": (ValueError, token_roll, {"fold": 0, "skip": 10}),
     r"skip: expected >= 0, got -1": (ValueError, token_roll, {"skip": -1}),
     r"both_ways: expected True or False, got 1": (TypeError, token_roll, {"both_ways": 1}),

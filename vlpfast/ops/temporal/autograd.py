@@ -105,8 +105,6 @@ class MaxPool(torch.autograd.Function):
 class _MaxGradient(torch.autograd.Function):
     """A step of its own in the graph: a second derivative meets an error, never a silent zero."""
 
-    generate_vmap_rule = True  # torch.func.jacrev
-
     @staticmethod
     def forward(backend, grad, winners, lengths):
         return operator("pool_tokens_bwd", backend)(dense(grad), winners, *lengths, True)
@@ -118,6 +116,12 @@ class _MaxGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> NoReturn:
         raise NotImplementedError(f"pool_tokens: second derivatives of largest values {_BY_REFERENCE}")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, backend: str, grad: Tensor, winners: Tensor, lengths: Any) -> tuple[Tensor, int]:
+        """torch.func.jacrev: several gradients of the same results."""
+        winners = winners.expand(info.batch_size, *winners.shape).flatten(0, 1)
+        return _over_clips(_MaxGradient, in_dims, backend, grad, winners, lengths)
 
 
 _BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
