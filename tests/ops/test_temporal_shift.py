@@ -177,6 +177,7 @@ def test_in_place_where_memory_allows_it_alone() -> None:
         (frames(2, 3, 4, 5, 8)["x"][:, :, :, :4], None),  # rows and columns do not make one dimension
         (frames(6, 8, 5, 7)["x"][..., :6], 3),
         (frames(6, 4, 8)["x"][..., ::2].mT, 3),
+        (frames(6, 8, 2)["x"][..., :1], 3),
     ):
         with pytest.raises(ValueError, match="x: expected frames that lie in memory row by row for inplace=True, got strides"):
             channel_shift(x, 2, n_segment=n_segment, inplace=True)

@@ -74,22 +74,22 @@ def channel_shift(x: Tensor, fold: int, *, n_segment: int | None = None, inplace
     if 2 * fold > channels:
         raise ValueError(f"fold: expected at most {channels // 2} with {channels} channels, got {fold}")
     frames = x if n_segment is None else x.unflatten(0, (x.shape[0] // n_segment, n_segment))
-    last = n_segment is None or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
-    if n_segment is not None and last:
+    channels_last = n_segment is None or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous())
+    if n_segment is not None and channels_last:
         frames = frames.movedim(2, -1)
-    if last:
-        rows = (frames.unsqueeze(2) if frames.ndim == 3 else frames), 2, -2
-    else:  # the channels that move are one piece
-        rows = frames.unsqueeze(2), 3, -1
+    if channels_last:  # [B, F, ..., C]
+        rows, joined = frames if frames.ndim > 3 else frames.unsqueeze(2), (2, -2)
+    else:  # [B, F, 1, C, ...]: the channels that move are one piece of a row
+        rows, joined = frames.unsqueeze(2), (3, -1)
         fold *= math.prod(frames.shape[3:])
     if inplace:
-        _check_inplace(x, *rows)
-        _shift_("channel_shift", rows[0].flatten(*rows[1:]), fold)
+        _check_inplace(x, rows, *joined)
+        _shift_in_place("channel_shift", rows.flatten(*joined), fold)
         return x
-    shifted = _shift("channel_shift", rows[0].flatten(*rows[1:]), (fold, 2 * fold), (0, fold), False).view(frames.shape)
+    shifted = _shift("channel_shift", rows.flatten(*joined), (fold, 2 * fold), (0, fold), False).view(frames.shape)
     if n_segment is None:
         return shifted
-    return (shifted.movedim(-1, 2) if last else shifted).flatten(0, 1)
+    return (shifted.movedim(-1, 2) if channels_last else shifted).flatten(0, 1)
 
 
 def _shift(name: str, x: Tensor, back: reference.Span, ahead: reference.Span, cyclic: bool) -> Tensor:
@@ -99,7 +99,7 @@ def _shift(name: str, x: Tensor, back: reference.Span, ahead: reference.Span, cy
     return FrameShift.apply(backend, x, *back, *ahead, cyclic)
 
 
-def _shift_(name: str, x: Tensor, fold: int) -> None:
+def _shift_in_place(name: str, x: Tensor, fold: int) -> None:
     backend = backends.choose(name, KERNELS, x.device, x.dtype)
     if backend == "reference":
         x.copy_(reference.frame_shift(x, (fold, 2 * fold), (0, fold), False))
@@ -122,5 +122,5 @@ def _check_inplace(x: Tensor, rows: Tensor, first: int, last: int) -> None:
     last %= rows.ndim
     joined = [(rows.stride(i), rows.shape[i]) for i in range(first, last + 1) if rows.shape[i] > 1]
     apart = any(outer[0] != inner[0] * inner[1] for outer, inner in pairwise(joined))
-    if apart or (rows.shape[-1] > 1 and rows.stride(-1) != 1):
+    if apart or ((flat := rows.flatten(first, last)).shape[-1] > 1 and flat.stride(-1) != 1):
         raise ValueError(f"x: expected frames that lie in memory row by row for inplace=True, got strides {x.stride()}")
