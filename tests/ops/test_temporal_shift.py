@@ -93,6 +93,8 @@ def test_a_roll_is_a_permutation(dtype: torch.dtype, backend: str) -> None:
         assert torch.equal(once.sort(1).values, x.sort(1).values) and torch.equal(once[:, :, 0], x[:, :, 0])
         assert torch.equal(token_roll(token_roll(once, 2), 2), x)  # three frames
         assert torch.equal(token_roll(x[:, :1], 2), x[:, :1])
+        assert torch.equal(token_roll(x.transpose(0, 1), 2), rolled(x.transpose(0, 1), 2, 1, True))
+        assert token_roll(x.transpose(0, 1), 2).is_contiguous() and channel_shift(x.transpose(0, 1), 2).is_contiguous()
         leaf = once.clone().requires_grad_()
         (back,) = torch.autograd.grad(token_roll(leaf, 2), leaf, x)
     assert torch.equal(token_roll(back, 2), x)

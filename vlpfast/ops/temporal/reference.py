@@ -21,7 +21,7 @@ def frame_shift(x: Tensor, back: Span, ahead: Span, cyclic: bool) -> Tensor:
         before, after = before.masked_fill(frame == 0, 0), after.masked_fill(frame == x.shape[1] - 1, 0)
     element = torch.arange(x.shape[3], device=x.device)
     moved = torch.where((back[0] <= element) & (element < back[1]), before, x)
-    return torch.where((ahead[0] <= element) & (element < ahead[1]), after, moved)
+    return torch.where((ahead[0] <= element) & (element < ahead[1]), after, moved).contiguous()
 
 
 def pool_tokens(x: Tensor, out: tuple[int, int, int], mode: str) -> Tensor:
@@ -29,7 +29,7 @@ def pool_tokens(x: Tensor, out: tuple[int, int, int], mode: str) -> Tensor:
     pooled = x.to(accumulate_dtype(x.dtype))
     for axis in (3, 2, 1):  # the earliest winner along w, then h, then t is the earliest of all
         pooled = _pool_axis(pooled, axis, out[axis - 1], mode)
-    return pooled.to(x.dtype)
+    return pooled.to(x.dtype).contiguous()
 
 
 def _pool_axis(x: Tensor, axis: int, count: int, mode: str) -> Tensor:
