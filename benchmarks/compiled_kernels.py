@@ -214,6 +214,8 @@ def variant(launch: Launch) -> str:
     along = {1: " (rows)", 0: " (columns)", None: ""}[launch.arguments.get("ALONG")]
     if "kept_line" in launch.arguments:
         along = " (rows)" if launch.arguments["kept_other"] == 1 else " (columns)"
+    if launch.kernel.__name__ in ("_pool", "_pool_gradient") and launch.arguments["winners"] is not None:
+        along = ", largest"
     parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
     kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
     sums = ", summed" if launch.arguments.get("row_partial") is not None else ""

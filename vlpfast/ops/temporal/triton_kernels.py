@@ -183,8 +183,7 @@ def _pool(
 @triton.jit
 def _pool_gradient(
     dx, grad, winners, CLIPS, T_IN, H_IN, W_IN, T, H, W, C, LONGEST_T, LONGEST_H, LONGEST_W,
-    grad_clip, grad_frame, grad_row, grad_column, winner_clip, winner_frame, winner_row, winner_column,
-    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    grad_clip, grad_frame, grad_row, grad_column, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N channels of BLOCK_M cells of dx: what the windows that hold a cell hand down, in order. Longest: of such runs."""
     channel_blocks = tl.cdiv(C, BLOCK_N)
@@ -202,13 +201,12 @@ def _pool_gradient(
                 h_begin, h_count = _window(h_first + j, H_IN, H)
                 w_begin, w_count = _window(w_first + k, W_IN, W)
                 covered = inside & (i < t_windows) & (j < h_windows) & (k < w_windows)
-                window = clip, t_first + i, h_first + j, w_first + k
-                at = c + _offset(*window, grad_clip, grad_frame, grad_row, grad_column)
+                at = c + _offset(clip, t_first + i, h_first + j, w_first + k, grad_clip, grad_frame, grad_row, grad_column)
                 value = tl.load(grad + at, mask=covered, other=0.0).to(tl.float32)
                 if winners is not None:
                     place = ((t - t_begin) * h_count + h - h_begin) * w_count + w - w_begin
-                    at = c + _offset(*window, winner_clip, winner_frame, winner_row, winner_column)
-                    won = tl.load(winners + at, mask=covered, other=0)
+                    window = ((clip.to(tl.int64) * T + t_first + i) * H + h_first + j) * W + w_first + k
+                    won = tl.load(winners + window * C + c, mask=covered, other=0)
                     total += tl.where(covered & (won == place.to(winners.dtype.element_ty)), value, 0.0)
                 else:
                     total += value * (1.0 / (t_count * h_count * w_count).to(tl.float32))
@@ -220,13 +218,9 @@ def _longest(length: int, out: int) -> int:
 
 
 def _wide(clips: int, lengths: tuple[int, ...], out: tuple[int, ...]) -> bool:
-    """Whether numbers of cells or products of lengths need 64 bits."""
-    numbers = [
-        clips * math.prod(lengths),
-        clips * math.prod(out),
-        *((a + 1) * (b + 1) for a, b in zip(lengths, out, strict=True)),
-    ]
-    return max(numbers) >= 2**31 - 2**16
+    """Whether numbers of cells (of a whole tile) or products of lengths (a little past the last window) need 64 bits."""
+    cells = clips * max(math.prod(lengths), math.prod(out)) + 2**16
+    return max(cells, *((a + 4) * (b + 4) for a, b in zip(lengths, out, strict=True))) >= 2**31
 
 
 def pool_tokens_fwd(x: Tensor, t: int, h: int, w: int, largest: bool, keep_winners: bool) -> tuple[Tensor, Tensor]:
@@ -256,7 +250,6 @@ def pool_tokens_bwd(grad: Tensor, winners: Tensor, frames: int, height: int, wid
         T_IN=frames, H_IN=height, W_IN=width, T=t, H=h, W=w, C=channels,
         LONGEST_T=_longest(t, frames), LONGEST_H=_longest(h, height), LONGEST_W=_longest(w, width),
         grad_clip=grad.stride(0), grad_frame=grad.stride(1), grad_row=grad.stride(2), grad_column=grad.stride(3),
-        winner_clip=winners.stride(0), winner_frame=winners.stride(1), winner_row=winners.stride(2),
-        winner_column=winners.stride(3), WIDE=_wide(clips, (frames, height, width), (t, h, w)), **chosen,
+        WIDE=_wide(clips, (frames, height, width), (t, h, w)), **chosen,
     )  # fmt: skip
     return dx
