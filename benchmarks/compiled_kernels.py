@@ -31,6 +31,7 @@ from vlpfast.ops._triton import Launch
 from vlpfast.ops.contrastive import triton_distill, triton_pair, triton_sample, triton_softplus
 from vlpfast.ops.contrastive.distill import triton_width
 from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
+from vlpfast.ops.temporal import triton_kernels as triton_temporal
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -91,6 +92,25 @@ def maxsim(dtype: torch.dtype, m: int, p: int, n: int, t: int, d: int, both: boo
     triton_maxsim.backward(x_to_y, y_to_x if both else None, *problem, True, False, *winners, True, True)
 
 
+def frame_shift(dtype: torch.dtype, cyclic: bool) -> None:
+    """All-in-one's roll of 8 x 8 frames, or TSM's shift in its own layout, and in place."""
+    if cyclic:
+        x = torch.empty(8, 8, 1, 197 * 768, dtype=dtype, device="meta")
+        triton_temporal.frame_shift(x, 768, 25 * 768, 173 * 768, 197 * 768, True)
+    else:
+        x = torch.empty(2, 8, 1, 256 * 56 * 56, dtype=dtype, device="meta")
+        fold = 32 * 56 * 56
+        triton_temporal.frame_shift(x, fold, 2 * fold, 0, fold, False)
+        triton_temporal.frame_shift_(x, fold, 2 * fold, 0, fold)
+
+
+def pool_tokens(dtype: torch.dtype, largest: bool) -> None:
+    """One step of 8 videos of 16 x 24 x 24 tokens to 16 x 12 x 12."""
+    x = torch.empty(8, 16, 24, 24, 1024, dtype=dtype, device="meta")
+    pooled, winners = triton_temporal.pool_tokens_fwd(x, 16, 12, 12, largest, True)
+    triton_temporal.pool_tokens_bwd(pooled, winners, 16, 24, 24, largest)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
@@ -104,6 +124,10 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "maxsim, 128 x 128 sets of 197 and 77, D 256, both ways": lambda dtype: maxsim(dtype, 128, 197, 128, 77, 256, True),
     "sample_hard_negatives": lambda dtype: sample_hard_negatives(dtype, 0.0),
     "sample_hard_negatives, uniform part": lambda dtype: sample_hard_negatives(dtype, 1e-4),
+    "token_roll, 8 x 8 frames of 197 tokens, D 768": lambda dtype: frame_shift(dtype, True),
+    "channel_shift, 16 frames of 256 x 56 x 56": lambda dtype: frame_shift(dtype, False),
+    "pool_tokens, mean": lambda dtype: pool_tokens(dtype, False),
+    "pool_tokens, largest": lambda dtype: pool_tokens(dtype, True),
 }
 
 
@@ -190,6 +214,8 @@ def variant(launch: Launch) -> str:
     along = {1: " (rows)", 0: " (columns)", None: ""}[launch.arguments.get("ALONG")]
     if "kept_line" in launch.arguments:
         along = " (rows)" if launch.arguments["kept_other"] == 1 else " (columns)"
+    if launch.kernel.__name__ in ("_pool", "_pool_gradient") and launch.arguments["winners"] is not None:
+        along = ", largest"
     parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
     kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
     sums = ", summed" if launch.arguments.get("row_partial") is not None else ""

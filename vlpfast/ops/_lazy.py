@@ -17,6 +17,10 @@ KERNELS = {
     "pair_softplus_triton": ("contrastive.triton_softplus", "forward"),
     "maxsim_fwd_triton": ("maxsim.triton_kernels", "forward"),
     "maxsim_bwd_triton": ("maxsim.triton_kernels", "backward"),
+    "frame_shift_triton": ("temporal.triton_kernels", "frame_shift"),
+    "frame_shift__triton": ("temporal.triton_kernels", "frame_shift_"),
+    "pool_tokens_fwd_triton": ("temporal.triton_kernels", "pool_tokens_fwd"),
+    "pool_tokens_bwd_triton": ("temporal.triton_kernels", "pool_tokens_bwd"),
 }
 
 

@@ -309,3 +309,58 @@ def _(grad: Tensor, grad_total, x, kept, source, index, weight, divide, largest,
         grad.new_empty((batch if need_x else 0, n, grad.shape[2])),
         grad.new_empty((batch if need_weight else 0, n), dtype=accumulate_dtype(grad.dtype)),
     )
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+
+# x [B, F, R, E], elements of a row consecutive: of each row of frame t, elements back_begin to back_end come from frame t - 1,
+# ahead_begin to ahead_end from frame t + 1, the others stay. The first and the last frame: in a circle if cyclic, else (and in
+# frame_shift_, which writes into x) zeros.
+_SPANS = "SymInt back_begin, SymInt back_end, SymInt ahead_begin, SymInt ahead_end"
+# Place i of n along an axis of length L covers [floor(i L / n), ceil((i + 1) L / n)); means, or the largest. winners
+# [B or 0, t, h, w, C]: the place of the largest in its window, counted in order; their dtype is
+# maxsim_index_dtype(pool_longest((T, H, W), (t, h, w))).
+_POOL_FWD = "(Tensor x, SymInt t, SymInt h, SymInt w, bool largest, bool keep_winners) -> (Tensor pooled, Tensor winners)"
+_POOL_BWD = "(Tensor grad, Tensor winners, SymInt frames, SymInt height, SymInt width, bool largest) -> Tensor dx"
+for _suffix in ("", "_triton"):
+    for _name, _schema in (
+        ("frame_shift", f"(Tensor x, {_SPANS}, bool cyclic) -> Tensor"),
+        ("frame_shift_", f"(Tensor(a!) x, {_SPANS}) -> ()"),
+        ("pool_tokens_fwd", _POOL_FWD),
+        ("pool_tokens_bwd", _POOL_BWD),
+    ):
+        torch.library.define(f"vlpfast::{_name}{_suffix}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("vlpfast::frame_shift")
+@torch.library.register_fake("vlpfast::frame_shift_triton")
+def _(x: Tensor, back_begin, back_end, ahead_begin, ahead_end, cyclic):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("vlpfast::frame_shift_")
+@torch.library.register_fake("vlpfast::frame_shift__triton")
+def _(x: Tensor, back_begin, back_end, ahead_begin, ahead_end):
+    return None
+
+
+def pool_longest(lengths: tuple[int, ...], out: tuple[int, ...]) -> int:
+    """No window has more cells."""
+    longest = 1
+    for length, n in zip(lengths, out, strict=True):
+        longest *= length // max(1, n) + (2 if length % max(1, n) else 0)
+    return longest
+
+
+@torch.library.register_fake("vlpfast::pool_tokens_fwd")
+@torch.library.register_fake("vlpfast::pool_tokens_fwd_triton")
+def _(x: Tensor, t, h, w, largest, keep_winners):
+    shape = (t, h, w, x.shape[4])
+    dtype = maxsim_index_dtype(pool_longest(x.shape[1:4], shape[:3]))
+    return x.new_empty((x.shape[0], *shape)), x.new_empty((x.shape[0] if largest and keep_winners else 0, *shape), dtype=dtype)
+
+
+@torch.library.register_fake("vlpfast::pool_tokens_bwd")
+@torch.library.register_fake("vlpfast::pool_tokens_bwd_triton")
+def _(grad: Tensor, winners, frames, height, width, largest):
+    return grad.new_empty((grad.shape[0], frames, height, width, grad.shape[4]))

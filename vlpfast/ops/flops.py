@@ -116,3 +116,24 @@ def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *ar
 @register_flop_formula([torch.ops.vlpfast.match_tokens, torch.ops.vlpfast.match_tokens_triton])
 def _(metric_shape, a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
     return 2 * metric_shape[0] * metric_shape[2] * a_shape[0] * b_shape[0]
+
+
+@register_flop_formula([getattr(torch.ops.vlpfast, f"frame_shift{suffix}") for suffix in ("", "_", "_triton", "__triton")])
+def _(x_shape, *args, out_shape=None, **kwargs) -> int:
+    return 0
+
+
+def _window_cells(length: int, out: int) -> int:
+    """Of all windows along an axis together."""
+    return sum(-(-(i + 1) * length // out) - i * length // out for i in range(out))
+
+
+@register_flop_formula([torch.ops.vlpfast.pool_tokens_fwd, torch.ops.vlpfast.pool_tokens_fwd_triton])
+def _(x_shape, *args, out_shape=None, **kwargs) -> int:
+    """One for each cell of each window: an addition or a comparison."""
+    return x_shape[0] * x_shape[4] * math.prod(map(_window_cells, x_shape[1:4], args[:3]))
+
+
+@register_flop_formula([torch.ops.vlpfast.pool_tokens_bwd, torch.ops.vlpfast.pool_tokens_bwd_triton])
+def _(grad_shape, winners_shape, *args, out_shape=None, **kwargs) -> int:
+    return grad_shape[0] * grad_shape[4] * math.prod(map(_window_cells, args[:3], grad_shape[1:4]))
