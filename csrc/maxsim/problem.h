@@ -14,23 +14,6 @@ template <class T> struct Rows {
     int64_t stride;
 };
 
-// The sum of n squares, in 16 parts: of int8 numbers exact, in float up to a width of 16384.
-template <class T> double sum_of_squares(const T* row, int64_t n) {
-    constexpr int64_t kParts = 16;
-    T parts[kParts] = {};
-    int64_t d = 0;
-    for (; d + kParts <= n; d += kParts) {
-        for (int64_t l = 0; l < kParts; ++l)
-            parts[l] += row[d + l] * row[d + l];
-    }
-    double sum = 0;
-    for (; d < n; ++d)
-        sum += static_cast<double>(row[d]) * row[d];
-    for (const T part : parts)
-        sum += part;
-    return sum;
-}
-
 // What int8 tokens are to be multiplied by: [tokens]. unit: to unit length instead, and only their signs count.
 struct Scale {
     const Tensor& of_tokens;

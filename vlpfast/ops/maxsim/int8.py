@@ -11,10 +11,7 @@ from vlpfast.ops import backends
 from vlpfast.ops._checks import DTYPES, check_choice, check_cu_seqlens, check_flag, check_mask
 from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.maxsim._checks import check_sets, check_tokens
-from vlpfast.ops.maxsim.maxsim import KERNELS as MAXSIM_KERNELS
-from vlpfast.ops.maxsim.maxsim import maxsim, token_sets, unit_tokens
-
-KERNELS = {"cpp": "cpu"}
+from vlpfast.ops.maxsim.maxsim import KERNELS, maxsim, token_sets, unit_tokens
 
 
 def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,8 +27,8 @@ def quantize_tokens(tokens: Tensor) -> tuple[Tensor, Tensor]:
         tokens: [..., D], float32, float64, bfloat16 or float16. Nothing is differentiated.
 
     Returns:
-        codes [..., D] int8 and scale [...] float32: a token of zeros has the scale 0, a token with a number that is not finite (or
-        beyond 127 times float32's range) zeros and the scale NaN, which its document's scores then show.
+        codes [..., D] int8 and scale [...] float32. A token of zeros has the scale 0; one with a number that is not finite (or
+        beyond 127 times float32's range) has codes 0 and the scale NaN, which its document's scores then show.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
@@ -68,13 +65,13 @@ def maxsim_int8(
 
         x_to_y[m, n] = mean (or sum) over kept p of max over kept t of y_scale[n, t] * <x[m, p], y[n, t]>
 
-    On a CPU the compiled kernel reads the int8 numbers where they are, a memory-mapped file too, and widens some hundred tokens at
-    a time; elsewhere all tokens are made first, y_scale * y in float32, for `maxsim`. The kernel makes <x, y> of the int8 numbers
-    themselves and multiplies by the scale afterwards: fewer roundings than with tokens made first, from which it differs by
-    about 1e-7. (Before the scale come products up to 127 D times the query's largest number: queries beyond 1e33 overflow.)
+    On a CPU the compiled kernel reads the int8 numbers where they are, in a memory-mapped file too, and holds 256 KiB of them (or
+    one document) in float32 at a time; elsewhere all tokens are made first, y_scale * y, for `maxsim`. The kernel makes <x, y> of
+    the int8 numbers themselves and multiplies by the scale afterwards: one rounding in place of one for each number, and results
+    that differ from those of tokens made first by about 1e-7. Before the scale nothing may overflow: in float32 |x| |y| < 3e38.
 
     Args:
-        x: M sets of query tokens [M, P, D], as in `maxsim` (or packed [L, D]). Under autocast x (float64 apart) is cast to its dtype.
+        x: M sets of query tokens [M, P, D] or packed [L, D], as in `maxsim`. Under autocast x alone (not float64) is cast.
         y: N documents [N, T, D] int8, any strides (or packed [L, D]).
         y_scale: [N, T] (or [L]) float32. A scale that is not finite makes its document's scores NaN, unless masked.
         x_mask, y_mask, reduction, x_cu_seqlens, y_cu_seqlens: as in `maxsim`.
@@ -92,26 +89,31 @@ def maxsim_int8(
     check_tokens("x", x, x_mask, x_cu_seqlens, "[M, P, D]")
     _check_int8(y, y_scale, y_mask, y_cu_seqlens)
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "x: expected no gradient to be asked for (torch.no_grad()), maxsim_int8 has none; got requires_grad=True"
-        )
+        raise ValueError("x: expected no gradient to be asked for (torch.no_grad()): there is none; got requires_grad=True")
     if normalize:
         x = unit_tokens(x)
+    arguments = (y, y_scale, x_mask, y_mask, x_cu_seqlens, y_cu_seqlens, reduction, normalize)
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return _scores(x, *arguments)
+    if x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return _scores(x, *arguments)
+
+
+def _scores(x, y, y_scale, x_mask, y_mask, x_cu_seqlens, y_cu_seqlens, reduction, normalize) -> Tensor:
     a, b = token_sets(x, x_mask, x_cu_seqlens), token_sets(y, y_mask, y_cu_seqlens)
     check_sets(x, y, a.count, b.count, "all")
-    if backends.choose("maxsim", MAXSIM_KERNELS, x.device, x.dtype) == "cpp":
-        return torch.ops.vlpfast.maxsim_int8(
-            a.tokens, b.tokens, y_scale.reshape(-1), a.start, b.start, a.keep, b.keep, a.longest, b.longest,
-            reduction == "mean", normalize,
-        )  # fmt: skip
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    if backends.choose("maxsim", KERNELS, x.device, x.dtype) != "cpp":
         return maxsim(
             x, _tokens(y, y_scale, normalize, accumulate_dtype(x.dtype)), x_mask, y_mask, directions="x_to_y",
             reduction=reduction, x_cu_seqlens=x_cu_seqlens, y_cu_seqlens=y_cu_seqlens,
         )  # fmt: skip
+    return torch.ops.vlpfast.maxsim_int8(
+        a.tokens, b.tokens, y_scale.reshape(-1), a.start, b.start, a.keep, b.keep, a.longest, b.longest,
+        reduction == "mean", normalize,
+    )  # fmt: skip
 
 
 def _tokens(codes: Tensor, scale: Tensor, normalize: bool, dtype: torch.dtype) -> Tensor:
