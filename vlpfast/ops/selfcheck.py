@@ -24,7 +24,7 @@ from vlpfast.ops.contrastive import (
 )
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
-from vlpfast.ops.maxsim import maxsim
+from vlpfast.ops.maxsim import maxsim, maxsim_int8, quantize_tokens
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -164,3 +164,14 @@ def _error(found: list[Tensor], expected: list[Tensor]) -> float:
         for f, e in zip(found, expected, strict=True)
     ]
     return float(torch.stack(errors).nan_to_num(torch.inf).max())
+
+
+def _maxsim_int8(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    """The scores have no gradient: they come as the bias's."""
+    codes, y_scale = quantize_tokens(y.detach())
+    x_sets, y_sets = (torch.tensor([0, len(t) // 2, len(t)], device=t.device) for t in (x, y))
+    scores = maxsim_int8(x.detach(), codes, y_scale, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
+    return (bias[:1] * scores.flatten(),)
+
+
+_CASES["maxsim_int8"] = (_maxsim_int8, {"cpp": "cpu"})
