@@ -195,8 +195,9 @@ def test_unit_length(width: int, backend: str) -> None:
         found = maxsim_int8(x, y, scale, normalize=True)
         double = maxsim_int8(x.double(), y, scale, normalize=True)
         other = maxsim_int8(x, y, scale.sign() * 1e-44, normalize=True)  # whose square is 0 in float64 too
+        masked = maxsim_int8(x, y, scale, None, mask(4, 30), normalize=True)
     assert error(found, x, y, scale, unit=True) < 1e-6 and error(double, x, y, scale, unit=True) < 1e-13
-    assert torch.equal(found, other)
+    assert torch.equal(found, other) and error(masked, x, y, scale, None, mask(4, 30), unit=True) < 1e-6
 
 
 def test_as_exact_as_tokens_made_first() -> None:
