@@ -248,9 +248,13 @@ def test_pages_of_a_file_are_read_where_they_are(files: Callable[[str, Any], np.
         more["corpus_cu_seqlens"] = np.arange(0, 6001, 20)
     assert not corpus.flags.writeable
     queries = tokens(3, 7, 33, 0).float()
-    with Copied(corpus) as copied, warnings.catch_warnings():
-        warnings.simplefilter("error")  # torch's word about memory that may not be written to
-        found = maxsim_topk(queries, corpus, 5, chunk=150, **more)
+    torch.set_warn_always(True)
+    try:
+        with Copied(corpus) as copied, warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch's word about memory that may not be written to
+            found = maxsim_topk(queries, corpus, 5, chunk=150, **more)
+    finally:
+        torch.set_warn_always(False)
     assert copied.inside == 150 * 20 * 33 * corpus.itemsize
     assert 8 * copied.bytes < copied.inside  # int8's scales, starts of documents, scores
     assert not corpus.flags.writeable

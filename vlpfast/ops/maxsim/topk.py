@@ -40,7 +40,7 @@ def maxsim_topk(
 
     The corpus is read once, a chunk at a time, and may be a memory-mapped file larger than memory: only a chunk of it and its
     scores are held, on the queries' device. On a CPU the compiled kernel reads int8 and half types, as float32, out of the file's
-    own pages: no chunk is copied (but where floating tokens are normalized). Nothing is differentiated.
+    own pages: no chunk is copied, unless floating tokens are normalized or cast. Nothing is differentiated.
 
     Args:
         queries: [Q, P, D], dtypes as in `maxsim`; query_mask: [Q, P] bool, True = keep.
