@@ -200,6 +200,18 @@ def test_unit_length(width: int, backend: str) -> None:
     assert torch.equal(found, other) and error(masked, x, y, scale, None, mask(4, 30), unit=True) < 1e-6
 
 
+@pytest.mark.skipif(bool(backends.available()["triton"]), reason="waits for the package triton")
+@pytest.mark.parametrize(
+    "normalize", [pytest.param(n, marks=[pytest.mark.gpu] * torch.cuda.is_available()) for n in (False, True)]
+)
+def test_tokens_are_made_first_for_triton(normalize: bool) -> None:
+    x, (y, scale) = queries(3, 20, 16), documents(5, 30, 16)
+    device = backends.device_type("triton")
+    with backends.use("triton"):
+        found = maxsim_int8(*(t.to(device) for t in (x, y, scale)), y_mask=mask(5, 30).to(device), normalize=normalize).cpu()
+    assert error(found, x, y, scale, None, mask(5, 30), unit=normalize) < 1e-5
+
+
 def test_as_exact_as_tokens_made_first() -> None:
     """Their definition is one; the kernel rounds later, so that its error is not the larger one."""
     x, (y, scale) = queries(8, 32, 128), documents(40, 50, 128)
