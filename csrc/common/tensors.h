@@ -89,7 +89,7 @@ template <class T> struct View {
 // int8 numbers in another type: out[i] = in[i * step].
 void widen(const int8_t* in, int64_t step, int64_t n, float* out);
 void widen(const int8_t* in, int64_t step, int64_t n, double* out);
-// The sum of the squares of int8 numbers that widen() has made: exact up to n = 16384 and beyond, in double always.
+// The sum of the squares of numbers that widen() has made: exact, in float up to n = 16384.
 double sum_of_squares(const float* in, int64_t n);
 double sum_of_squares(const double* in, int64_t n);
 
