@@ -42,6 +42,7 @@ WRONG = {"float32": 1e-3, "bfloat16": 3e-2, "float16": 1e-2}  # relative errors 
 class Formulation:
     function: Callable[..., Tensor]  # (**inputs) -> [], or a tensor that is summed
     units: float  # that it takes forward and backward, by its own count
+    reads: tuple[str, ...] = ()  # the inputs that it reads, where formulations differ in that
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,8 @@ def measure(case: Case, threads: int, repeats: int, only: str | None) -> list[di
     unit, timed = times(case, repeats, only)
     wrong = errors(case, only)
     table, work = case.formulations(), case.subject.work(case.size)
-    gradients = sum(t.numel() * t.element_size() for t in case.inputs().values() if t.requires_grad)
+    inputs = case.inputs()
+    gradients = sum(t.nbytes for t in inputs.values() if t.requires_grad)
     return [
         {
             "subject": case.name,
@@ -232,6 +234,7 @@ def measure(case: Case, threads: int, repeats: int, only: str | None) -> list[di
             "gradient_bytes": gradients,
             "errors": wrong[name],
         }
+        | ({"read_bytes": sum(inputs[read].nbytes for read in table[name].reads)} if table[name].reads else {})
         for name, found in timed.items()
     ]
 
@@ -251,7 +254,8 @@ def show(case: Case, rows: list[dict[str, Any]]) -> None:
             f"{row['name']:24}{row['seconds_min'] * 1e3:8.2f}ms {row['seconds_median'] * 1e3:8.2f}ms"
             f" {base['seconds_min'] / row['seconds_min']:6.2f}x {row[unit]:9.2f} {row['of_floor']:8.0%}"
             f" {row['giga_per_second']:8.0f} {row['extra_bytes'] / 2**20:8.1f} {memory:7.3f}"
-            f"   {row['errors']['result']:.0e} {gradient:.0e}",
+            f"   {row['errors']['result']:.0e} {gradient:.0e}"
+            + (f", {row['read_bytes'] / 2**20:.1f} MiB read" if "read_bytes" in row else ""),
             flush=True,
         )
 

@@ -10,6 +10,8 @@ M sets of P tokens, N sets of T tokens of width D, every pair scored. The unit i
     train      ColBERT's in-batch scores, forward and backward
     cross      as `train`, long documents
     filip      FILIP's two mean similarities of images and texts, both directions, forward and backward
+    search     the ten best of N documents in a memory-mapped file for each of M queries, the file in float32, float16 or int8
+               (with a scale for each token); its pages are in memory before. "eager" has 32 documents in float32 at a time
 "recompute" is stash_bytes = 0: winners are found again in the backward. Other packages take part where they can be imported;
 maxsim_cpu runs in a process of its own, whose memory is not counted: what shows is the copy of the tokens that it is handed.
 Results of `rerank` are checked at several lengths and widths; where one is wrong it is listed.
@@ -18,20 +20,24 @@ How time, memory and errors are taken is told in benchmarks/_measure.py.
 
 from __future__ import annotations
 
+import functools
 import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import _measure
+import numpy as np
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 from _measure import Formulation, Inputs, Size, Subject
 from torch import Tensor
 
-from vlpfast.ops.maxsim import maxsim
+from vlpfast.ops.maxsim import maxsim, maxsim_topk, quantize_tokens
 
 
 def inputs(size: Size, dtype: torch.dtype, device: str, *, gradients: bool = True) -> Inputs:
@@ -170,6 +176,76 @@ def filip(device: str) -> dict[str, Formulation]:
     return found
 
 
+# --- search -----------------------------------------------------------------------------------------------------------
+
+BEST = 10
+STEP = 32  # documents that eager has at a time
+
+
+@functools.lru_cache(maxsize=2)
+def documents(n: int, t: int, d: int) -> dict[str, Tensor]:
+    """Unit tokens in files that are gone from their folder and live as long as they are mapped."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = {"float32": (n, t, d), "float16": (n, t, d), "int8": (n, t, d), "scale": (n, t)}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            name: np.lib.format.open_memmap(Path(folder, name), "w+", np.dtype("float32" if name == "scale" else name), shape)
+            for name, shape in kinds.items()
+        }
+        for start in range(0, n, STEP):
+            tokens = F.normalize(torch.randn(min(STEP, n - start), t, d, generator=generator), dim=-1)
+            made = dict(zip(kinds, (tokens, tokens.half(), *quantize_tokens(tokens)), strict=True))
+            for name, values in made.items():
+                files[name][start : start + STEP] = values.numpy()
+        found = {name: torch.from_numpy(np.load(Path(folder, name), mmap_mode="c")) for name in files}
+    for values in found.values():
+        values.sum()  # brings the pages in
+    return found
+
+
+def search_inputs(size: Size, dtype: torch.dtype, device: str) -> Inputs:
+    x = F.normalize(torch.randn(size["m"], size["p"], size["d"], generator=torch.Generator().manual_seed(1)), dim=-1)
+    return {"x": x.to(device, dtype), **documents(size["n"], size["t"], size["d"])}
+
+
+def search(stored: str) -> Formulation:
+    def function(x: Tensor, scale: Tensor, **files: Tensor) -> Tensor:
+        return maxsim_topk(x, files[stored], BEST, corpus_scale=scale if stored == "int8" else None)[0]
+
+    return Formulation(function, 1, reads(stored))
+
+
+def eager_search(stored: str) -> Formulation:
+    def function(x: Tensor, scale: Tensor, **files: Tensor) -> Tensor:
+        found = []
+        for start in range(0, len(scale), STEP):
+            tokens = files[stored][start : start + STEP].to(x)
+            if stored == "int8":
+                tokens = tokens * scale[start : start + STEP, :, None].to(x)
+            found.append(eager(x, tokens))
+        return torch.cat(found, 1).topk(BEST).values
+
+    return Formulation(function, 1, reads(stored))
+
+
+def reads(stored: str) -> tuple[str, ...]:
+    return (stored, "scale") if stored == "int8" else (stored,)
+
+
+def searching(device: str) -> dict[str, Formulation]:
+    return {
+        f"{name}, {stored}": formulation(stored)
+        for name, formulation in (("vlpfast", search), ("eager", eager_search))
+        for stored in ("float32", "float16", "int8")
+    }
+
+
+def product_with_file(found: Inputs) -> None:
+    rows = found["x"].flatten(0, 1)
+    for part in found["float32"].split(STEP):
+        rows @ part.flatten(0, 1).to(rows).T
+
+
 def size(m: int, n: int, p: int, t: int, d: int) -> Size:
     return {"m": m, "n": n, "p": p, "t": t, "d": d}
 
@@ -184,10 +260,14 @@ def subject(
         {"cpu": (full,), "cuda": (full,), "quick": (quick,), "small": (quick,)},
         product,
         "products",
-        lambda s: 2 * s["m"] * s["n"] * s["p"] * s["t"] * s["d"],
+        work,
         1,
         shapes,
     )
+
+
+def work(s: Size) -> int:
+    return 2 * s["m"] * s["n"] * s["p"] * s["t"] * s["d"]
 
 
 # lengths and widths of queries and documents in use, multiples of something and not
@@ -205,6 +285,21 @@ SUBJECTS = {
     "train": subject(training, size(64, 64, 32, 128, 128), size(8, 8, 32, 100, 128)),
     "cross": subject(training, size(128, 128, 32, 300, 128), size(8, 9, 32, 150, 128)),
     "filip": subject(filip, size(64, 64, 197, 77, 256), size(5, 6, 197, 77, 256)),
+    "search": Subject(
+        "eager, float32",
+        search_inputs,
+        searching,
+        {
+            "cpu": (size(32, 2000, 32, 300, 128),),
+            "cuda": (size(32, 2000, 32, 300, 128),),
+            "quick": (size(4, 60, 32, 30, 128),),
+            "small": (size(4, 60, 32, 30, 128),),
+        },
+        product_with_file,
+        "products",
+        work,
+        1,
+    ),
 }
 
 if __name__ == "__main__":

@@ -86,16 +86,24 @@ template <class T> struct View {
     View<const T> read() const { return {data, row, column}; }
 };
 
-// A [count, width] tensor of any floating dtype and strides, read in T.
+// int8 numbers in another type: out[i] = in[i * step].
+void widen(const int8_t* in, int64_t step, int64_t n, float* out);
+void widen(const int8_t* in, int64_t step, int64_t n, double* out);
+// The sum of the squares of numbers that widen() has made: exact, in float up to n = 16384.
+double sum_of_squares(const float* in, int64_t n);
+double sum_of_squares(const double* in, int64_t n);
+
+// A [count, width] tensor of any floating dtype, of int8 where `int8` allows it, and of any strides, read in T.
 template <class T> class Matrix {
   public:
     const int64_t count, width;
 
-    explicit Matrix(const Tensor& tensor)
+    explicit Matrix(const Tensor& tensor, bool int8 = false)
         : count(tensor.size(0)), width(tensor.size(1)), data_(tensor.const_data_ptr()), dtype_(tensor.scalar_type()),
           row_(tensor.stride(0)), column_(tensor.stride(1)) {
-        with_floating_pointer(data_, dtype_,
-                              [](auto*) {}); // raises here on another dtype: nothing may be thrown in parallel_for
+        if (!int8 || dtype_ != ScalarType::Char)
+            with_floating_pointer(data_, dtype_,
+                                  [](auto*) {}); // raises here on another dtype: nothing may be thrown in parallel_for
     }
 
     // Whether row() gives the tensor's own memory: then row i + 1 lies stride() after row i.
@@ -131,6 +139,8 @@ template <class T> class Matrix {
 
   private:
     void read_row(int64_t i, T* out) const {
+        if (dtype_ == ScalarType::Char)
+            return widen(static_cast<const int8_t*>(data_) + i * row_, column_, width, out);
         with_floating_pointer(data_, dtype_, [&](auto* data) {
             for (int64_t d = 0; d < width; ++d)
                 out[d] = static_cast<T>(data[i * row_ + d * column_]);

@@ -24,6 +24,7 @@ struct Avx2 {
     VLPFAST_LANES V load(const float* from) { return _mm256_loadu_ps(from); }
     VLPFAST_LANES void store(float* to, V value) { _mm256_storeu_ps(to, value); }
     VLPFAST_LANES V multiply_add(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    VLPFAST_LANES V multiply(V a, V b) { return _mm256_mul_ps(a, b); }
     VLPFAST_LANES V add(V a, V b) { return _mm256_add_ps(a, b); }
     VLPFAST_LANES V max(V a, V b) { return _mm256_max_ps(a, b); }
     VLPFAST_LANES Places set_place(int32_t place) { return _mm256_set1_epi32(place); }

@@ -245,10 +245,26 @@ Backward maxsim_bwd(const std::optional<Tensor>& grad_x_to_y, const std::optiona
     return in_double(x) ? run(double()) : run(float());
 }
 
+Tensor maxsim_int8(const Tensor& x, const Tensor& y, const Tensor& y_scale, const Tensor& x_start,
+                   const Tensor& y_start, const std::optional<Tensor>& x_keep, const std::optional<Tensor>& y_keep,
+                   int64_t x_longest, int64_t y_longest, bool mean, bool unit) {
+    STD_TORCH_CHECK(y.scalar_type() == ScalarType::Char, "y: expected int8, got ",
+                    torch::headeronly::toString(y.scalar_type()));
+    STD_TORCH_CHECK(y_scale.dim() == 1 && y_scale.size(0) == y.size(0), "y_scale: expected ", y.size(0),
+                    " numbers, got ", y_scale.numel());
+    const auto run = [&]<class T>(T) {
+        const Problem<T> p(x, y, x_start, y_start, x_keep, y_keep, x_longest, y_longest, std::nullopt, mean, false,
+                           Scale{y_scale, unit});
+        return std::get<0>(forward(p, x_longest, y_longest, true, false, false));
+    };
+    return in_double(x) ? run(double()) : run(float());
+}
+
 } // namespace
 } // namespace vlpfast::maxsim
 
 STABLE_TORCH_LIBRARY_IMPL(vlpfast, CPU, m) {
     m.impl("maxsim_fwd", TORCH_BOX(&vlpfast::maxsim::maxsim_fwd));
     m.impl("maxsim_bwd", TORCH_BOX(&vlpfast::maxsim::maxsim_bwd));
+    m.impl("maxsim_int8", TORCH_BOX(&vlpfast::maxsim::maxsim_int8));
 }

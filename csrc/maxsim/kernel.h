@@ -14,7 +14,8 @@ template <class T> struct Job {
     int64_t lanes;
     const T* rows; // row r at rows + r * stride, width numbers one after the other
     int64_t stride, count, width;
-    T* lane_best; // [lanes, up to a multiple] each lane's largest product, and the row of it
+    const T* scale; // [count] what each row's products are multiplied by; null: nothing
+    T* lane_best;   // [lanes, up to a multiple] each lane's largest product, and the row of it
     int32_t* lane_place;
     T* row_best; // [count] each row's largest product so far, which a lane of this panel may exceed; null: not wanted
     int32_t* row_place;

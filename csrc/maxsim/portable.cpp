@@ -44,6 +44,7 @@ template <class T> struct Portable {
     }
     VLPFAST_LANES void store(T* to, V value) { std::memcpy(to, &value, sizeof value); }
     VLPFAST_LANES V multiply_add(V a, V b, V c) { return a * b + c; }
+    VLPFAST_LANES V multiply(V a, V b) { return a * b; }
     VLPFAST_LANES V add(V a, V b) { return a + b; }
     VLPFAST_LANES V max(V a, V b) {
         return each<V>([&](int l) { return a[l] > b[l] ? a[l] : b[l]; });

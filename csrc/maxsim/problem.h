@@ -3,6 +3,7 @@
 
 #include "common/tensors.h"
 
+#include <cmath>
 #include <optional>
 
 namespace vlpfast::maxsim {
@@ -13,6 +14,12 @@ template <class T> struct Rows {
     int64_t stride;
 };
 
+// What int8 tokens are to be multiplied by: [tokens]. unit: to unit length instead, and only their signs count.
+struct Scale {
+    const Tensor& of_tokens;
+    bool unit;
+};
+
 template <class T> struct Side {
     const Matrix<T> tokens;
     const std::vector<int64_t> start;  // [count + 1] set i is the tokens start[i] to start[i + 1]
@@ -20,11 +27,15 @@ template <class T> struct Side {
     std::vector<int64_t> first;        // [count + 1] set i has the kept tokens first[i] to first[i + 1]
     std::vector<int64_t> first_masked; // [count] place in the set; -1: none is masked
     std::vector<char> flags;           // [tokens] whether each is kept; empty: all are
+    const std::vector<T> scale;        // [tokens] as Scale has it; empty: tokens are not int8
+    const bool unit;
 
     Side(const char* name, const Tensor& tokens, const Tensor& start, const std::optional<Tensor>& keep,
-         int64_t longest)
-        : tokens(tokens), start(read_integers(start)), first(this->start),
-          first_masked(std::max<int64_t>(0, static_cast<int64_t>(this->start.size()) - 1), -1) {
+         int64_t longest, const std::optional<Scale>& scale = std::nullopt)
+        : tokens(tokens, scale.has_value()), start(read_integers(start)), first(this->start),
+          first_masked(std::max<int64_t>(0, static_cast<int64_t>(this->start.size()) - 1), -1),
+          scale(scale ? read_vector<T>(scale->of_tokens, this->tokens.count) : std::vector<T>()),
+          unit(scale && scale->unit) {
         STD_TORCH_CHECK(!this->start.empty() && this->start.front() == 0 && this->start.back() == this->tokens.count,
                         name, "_start: expected numbers from 0 to ", this->tokens.count, " tokens");
         for (int64_t i = 0; i < count(); ++i)
@@ -74,6 +85,23 @@ template <class T> struct Side {
             return {tokens.row(begin, nullptr), tokens.stride()};
         return copied(begin, end, copy, [](int64_t t) { return t; });
     }
+    // What the products of kept tokens [begin, ...), which `rows` holds, are multiplied by; null: nothing. A scale that
+    // is no finite number is NaN: an infinite one could lose every comparison and not be seen.
+    const T* scales(int64_t begin, int64_t end, const Rows<T>& rows, Buffer<T>& copy) const {
+        if (scale.empty() || tokens.width == 0)
+            return nullptr;
+        T* const to = copy.get(end - begin);
+        for (int64_t k = begin; k < end; ++k) {
+            const T value = scale[token(k)];
+            T factor = value;
+            if (unit) {
+                const double square = sum_of_squares(rows.data + (k - begin) * rows.stride, tokens.width);
+                factor = value == 0 || square == 0 ? T(0) : static_cast<T>(std::copysign(1 / std::sqrt(square), value));
+            }
+            to[k - begin] = std::isfinite(value) ? factor : std::numeric_limits<T>::quiet_NaN();
+        }
+        return to;
+    }
 
   private:
     template <class F> Rows<T> copied(int64_t begin, int64_t end, Buffer<T>& copy, const F& token) const {
@@ -118,8 +146,9 @@ template <class T> struct Problem {
 
     Problem(const Tensor& x, const Tensor& y, const Tensor& x_start, const Tensor& y_start,
             const std::optional<Tensor>& x_keep, const std::optional<Tensor>& y_keep, int64_t x_longest,
-            int64_t y_longest, std::optional<int64_t> candidates, bool mean, bool zero)
-        : x("x", x, x_start, x_keep, x_longest), y("y", y, y_start, y_keep, y_longest),
+            int64_t y_longest, std::optional<int64_t> candidates, bool mean, bool zero,
+            const std::optional<Scale>& y_scale = std::nullopt)
+        : x("x", x, x_start, x_keep, x_longest), y("y", y, y_start, y_keep, y_longest, y_scale),
           candidates(candidates.value_or(-1)), mean(mean), zero(zero) {
         STD_TORCH_CHECK(this->x.tokens.width == this->y.tokens.width, "x and y differ in width: ", this->x.tokens.width,
                         " and ", this->y.tokens.width);

@@ -113,7 +113,7 @@ template <class T> class Sweep {
         Range sets, partners, panels;
     };
     struct Scratch {
-        Buffer<T> copy, lane_best, row_best;
+        Buffer<T> copy, scale, lane_best, row_best;
         Buffer<int32_t> lane_place, row_place;
     };
 
@@ -129,6 +129,8 @@ template <class T> class Sweep {
         return pairs / 32 * (p.D() + (want_rows ? 13 : 0)) + 2.0 * lanes.first.back() * p.D();
     }
     static bool swap(const Problem<T>& p, const Output<T>& out) {
+        if (!p.y.scale.empty()) // what scales belong to are rows
+            return false;
         return cost(p, p.y, p.x, wanted(out.x_to_y, out.y_of_x)) < cost(p, p.x, p.y, wanted(out.y_to_x, out.x_of_y));
     }
 
@@ -173,6 +175,7 @@ template <class T> class Sweep {
         const Side<T>&lanes = roles_.lanes(), &rows = roles_.rows();
         const int64_t first_row = rows.first[task.partners.begin], count = rows.first[task.partners.end] - first_row;
         const Rows<T> row = rows.kept_rows(first_row, first_row + count, scratch.copy);
+        const T* const scale = rows.scales(first_row, first_row + count, row, scratch.scale);
         T* const lane_best = scratch.lane_best.get(kernel_.panel);
         int32_t* const lane_place = scratch.lane_place.get(kernel_.panel);
         T* const row_best = scratch.row_best.get(count);
@@ -194,7 +197,8 @@ template <class T> class Sweep {
                     continue;
                 const int64_t at = rows.first[j] - first_row;
                 kernel_.run({data + panel.at, panel.lanes, row.data + at * row.stride, row.stride, rows.kept_in(j),
-                             p_.D(), lane_best, lane_place, want_rows_ ? row_best + at : nullptr, row_place + at,
+                             p_.D(), scale ? scale + at : nullptr, lane_best, lane_place,
+                             want_rows_ ? row_best + at : nullptr, row_place + at,
                              static_cast<int32_t>(panel.begin - lanes.first[panel.set])});
                 if (!want_lanes_)
                     continue;

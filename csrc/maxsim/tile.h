@@ -77,6 +77,15 @@ template <class L, int rows, int vectors> VLPFAST_TARGET void tile(const Job<typ
     for (int64_t start = kDepth; start < job.width; start += kDepth)
         products<L, rows, vectors, false>(job.panel + start * vectors * L::width, row + start, job.stride,
                                           std::min(kDepth, job.width - start), sum);
+    if (job.scale) {
+#pragma GCC unroll 32
+        for (int i = 0; i < rows; ++i) {
+            const V scale = L::set(job.scale[begin + i]);
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v)
+                sum[i][v] = L::multiply(sum[i][v], scale);
+        }
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
         V best = L::load(job.lane_best + v * L::width);

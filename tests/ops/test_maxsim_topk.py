@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,10 @@ import torch.nn.functional as F
 from conformance import relative_error
 from test_maxsim_losses import Largest, mask, tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlpfast.ops import backends
-from vlpfast.ops.maxsim import maxsim, maxsim_topk
+from vlpfast.ops.maxsim import maxsim, maxsim_topk, quantize_tokens
 from vlpfast.ops.maxsim import topk as module
 
 pytestmark = pytest.mark.skipif(bool(backends.available()["cpp"]), reason="waits for the compiled library vlpfast/_C.so")
@@ -97,6 +101,47 @@ def test_chunks_hold_so_many_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [d for d, _ in done] == [*range(2, 37, 2), 37]
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_int8_of_unit_length(backend: str, packed: bool, chunk: int | None) -> None:
+    """The scale drops out: what a document's token stands for is a direction."""
+    codes, scale = quantize_tokens(CORPUS)
+    corpus = F.normalize(codes.double(), dim=-1)
+    more: dict[str, Any] = {"corpus_scale": scale * torch.logspace(-9, 9, 37 * 6).reshape(37, 6), "chunk": chunk}
+    if packed:
+        codes = codes.flatten(0, 1)
+        more |= {"corpus_cu_seqlens": torch.arange(0, 223, 6), "corpus_scale": more["corpus_scale"].flatten()}
+    with backends.use(backend):
+        for queries, bound in ((3 * QUERIES, 1e-13), (3 * QUERIES.float(), 1e-6)):
+            found = maxsim_topk(queries, codes, 5, normalize=True, query_mask=MASKS[0], **more)
+            assert_found(found, dense(QUERIES, corpus, MASKS[0]), 5, bound)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "number"),  # bytes of one number of a chunk
+    [
+        (torch.int8, {}, 1),
+        (torch.int8, {"normalize": True}, 1),
+        (torch.float16, {}, 2),
+        (torch.float16, {"normalize": True}, 4),
+        (torch.float32, {}, 4),
+    ],
+)
+def test_chunks_hold_so_many_bytes_as_they_are_read_in(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, options: dict[str, Any], number: int
+) -> None:
+    codes, scale = quantize_tokens(CORPUS)
+    corpus = codes if dtype == torch.int8 else CORPUS.to(dtype)
+    options = options | {"corpus_scale": scale if dtype == torch.int8 else None}
+    for backend, each in (("cpp", number), ("reference", 4)):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 18 * 9 * each + 8)
+        done: list[tuple[int, int]] = []
+        with backends.use(backend):
+            maxsim_topk(QUERIES.float(), corpus, 3, progress=lambda *d, done=done: done.append(d), **options)
+        assert [d for d, _ in done] == [*range(3, 37, 3), 37]
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_ties_go_to_the_lowest_index(chunk: int) -> None:
     corpus = torch.ones(11, 2, 3)
@@ -174,6 +219,78 @@ def test_no_query_no_token_no_number() -> None:
         assert indices[:, 0].tolist() == [20] * 3 and scores[:, 0].isnan().all() and scores[:, 1].isfinite().all()
 
 
+class Copied(TorchDispatchMode):
+    """The bytes of the largest tensor that any operation gives outside of the memory of `file`."""
+
+    def __init__(self, file: np.ndarray) -> None:
+        super().__init__()
+        self.begin, self.end, self.bytes, self.inside = file.ctypes.data, file.ctypes.data + file.nbytes, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor) and self.begin <= t.data_ptr() < self.end:
+                self.inside = max(self.inside, t.numel() * t.itemsize)
+            elif isinstance(t, Tensor):
+                self.bytes = max(self.bytes, t.numel() * t.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [np.int8, np.float16, np.float32])
+def test_pages_of_a_file_are_read_where_they_are(files: Callable[[str, Any], np.ndarray], dtype: type, packed: bool) -> None:
+    codes, scale = quantize_tokens(tokens(300, 20, 33, 1))
+    corpus, more = files("corpus", codes.numpy() if dtype == np.int8 else tokens(300, 20, 33, 1).numpy().astype(dtype)), {}
+    if dtype == np.int8:
+        more["corpus_scale"] = files("scale", scale.numpy())
+    if packed:
+        corpus, more = corpus.reshape(-1, 33), {name: s.reshape(-1) for name, s in more.items()}
+        more["corpus_cu_seqlens"] = np.arange(0, 6001, 20)
+    assert not corpus.flags.writeable
+    queries = tokens(3, 7, 33, 0).float()
+    torch.set_warn_always(True)
+    try:
+        with Copied(corpus) as copied, warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch's word about memory that may not be written to
+            found = maxsim_topk(queries, corpus, 5, chunk=150, **more)
+    finally:
+        torch.set_warn_always(False)
+    assert copied.inside == 150 * 20 * 33 * corpus.itemsize
+    assert 8 * copied.bytes < copied.inside  # int8's scales, starts of documents, scores
+    assert not corpus.flags.writeable
+    exact = torch.from_numpy(np.array(corpus)).double().reshape(300, 20, 33)
+    assert_found(found, dense(queries, exact * scale.double()[..., None] if dtype == np.int8 else exact), 5, 1e-6)
+
+
+def test_arrays_that_torch_cannot_have_are_copied() -> None:
+    def read(values: np.ndarray) -> tuple[Tensor, bool]:
+        tensor = module._tensor(values, torch.device("cpu"))
+        np.testing.assert_array_equal(tensor.numpy(), values)
+        return tensor, tensor.data_ptr() == values.ctypes.data
+
+    array = np.arange(60, dtype=np.float32).reshape(5, 4, 3)
+    array.flags.writeable = False
+    for values in (array, array[1:, ::2], array.transpose(2, 0, 1), np.broadcast_to(array[:1], (4, 4, 3))):
+        assert read(values)[1]
+    apart = np.zeros(4, dtype=[("a", "i1"), ("b", "f4")])["b"]  # every 5 bytes
+    unaligned = np.frombuffer(bytes(range(41)), dtype=np.float32, offset=1)
+    for values in (array[::-1], array[..., ::-1], apart, unaligned):
+        assert not read(values)[1]
+    assert not read(array[:0])[0].numel()
+    owner = array.copy()
+    gone, tensor = weakref.ref(owner), module._tensor(owner, torch.device("cpu"))
+    del owner
+    gc.collect()
+    assert gone() is not None and tensor.tolist() == array.tolist()  # the tensor keeps it
+    del tensor
+    gc.collect()
+    assert gone() is None
+    codes, scale = quantize_tokens(CORPUS)
+    backwards = codes.numpy()[::-1], scale.numpy()[::-1]
+    found = maxsim_topk(QUERIES.float(), backwards[0], 5, corpus_scale=backwards[1], chunk=8)
+    assert_found(found, dense(QUERIES, (codes * scale[..., None]).flip(0)), 5, 1e-6)
+
+
 def test_scores_of_the_whole_corpus_are_not_held() -> None:
     queries, corpus = tokens(16, 4, 8, 0).float(), tokens(2000, 5, 8, 1).float().numpy()
     with Largest() as largest:
@@ -189,6 +306,7 @@ WRONG: dict[str, tuple[type[Exception], Callable[[], Any]]] = {
     "corpus: expected a tensor or a numpy array, got list": (TypeError, lambda: maxsim_topk(ONES, [1.0], 1)),
     "corpus: expected float32, .* or int8, got int64": (TypeError, lambda: maxsim_topk(ONES, np.ones((4, 2, 3), np.int64), 1)),
     "corpus: expected float32, .* or int8, got <U1": (TypeError, lambda: maxsim_topk(ONES, np.full((4, 2, 3), "a"), 1)),
+    "corpus: expected float32, .* or int8, got >f4": (TypeError, lambda: maxsim_topk(ONES, np.ones((4, 2, 3), ">f4"), 1)),
     r"corpus: expected shape \[N, T, D\], got \(8, 3\)": (ValueError, lambda: maxsim_topk(ONES, ONES.flatten(0, 1), 1)),
     r"corpus: expected shape \[L, D\] with corpus_cu_seqlens, got \(4, 2, 3\)": (
         ValueError,

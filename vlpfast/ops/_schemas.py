@@ -364,3 +364,20 @@ def _(x: Tensor, t, h, w, largest, keep_winners):
 @torch.library.register_fake("vlpfast::pool_tokens_bwd_triton")
 def _(grad: Tensor, winners, frames, height, width, largest):
     return grad.new_empty((grad.shape[0], frames, height, width, grad.shape[4]))
+
+
+# --- late interaction with int8 documents -----------------------------------------------------------------------------
+
+# Arguments as maxsim_fwd's, y int8 and y_scale [Ly] float32: token t of y stands for y_scale[t] * y[t], with `unit` for that
+# token at unit length. x_to_y [M, N] alone, without gradient.
+torch.library.define(
+    "vlpfast::maxsim_int8",
+    "(Tensor x, Tensor y, Tensor y_scale, Tensor x_start, Tensor y_start, Tensor? x_keep, Tensor? y_keep, SymInt x_longest, "
+    "SymInt y_longest, bool mean, bool unit) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("vlpfast::maxsim_int8")
+def _(x: Tensor, y, y_scale, x_start, y_start, x_keep, y_keep, x_longest, y_longest, mean, unit):
+    return x.new_empty((x_start.shape[0] - 1, y_start.shape[0] - 1), dtype=accumulate_dtype(x.dtype))

@@ -137,3 +137,8 @@ def _(x_shape, *args, out_shape=None, **kwargs) -> int:
 @register_flop_formula([torch.ops.vlpfast.pool_tokens_bwd, torch.ops.vlpfast.pool_tokens_bwd_triton])
 def _(grad_shape, winners_shape, *args, out_shape=None, **kwargs) -> int:
     return grad_shape[0] * grad_shape[4] * math.prod(map(_window_cells, args[:3], grad_shape[1:4]))
+
+
+@register_flop_formula(torch.ops.vlpfast.maxsim_int8)
+def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
+    return _product(x_shape, y_shape)

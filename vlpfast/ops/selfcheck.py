@@ -24,10 +24,12 @@ from vlpfast.ops.contrastive import (
 )
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
-from vlpfast.ops.maxsim import maxsim
+from vlpfast.ops.maxsim import maxsim, maxsim_int8, quantize_tokens
 from vlpfast.ops.temporal import channel_shift, pool_tokens, token_roll
 from vlpfast.ops.temporal.pool import KERNELS as POOL_KERNELS
 from vlpfast.ops.temporal.shift import KERNELS as SHIFT_KERNELS
+from vlpfast.ops.tokens import bipartite_match, merge, unmerge
+from vlpfast.ops.tokens.merging import KERNELS as MERGE_KERNELS
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -112,6 +114,14 @@ def _maxsim(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, 
     return maxsim(x, y, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
 
 
+def _maxsim_int8(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    """The scores have no gradient: they come as the bias's."""
+    codes, y_scale = quantize_tokens(y.detach())
+    x_sets, y_sets = (torch.tensor([0, len(t) // 2, len(t)], device=t.device) for t in (x, y))
+    scores = maxsim_int8(x.detach(), codes, y_scale, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
+    return (bias[:1] * scores.flatten(),)
+
+
 def _token_roll(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
     return (token_roll(y[: len(y) // 4 * 4].reshape(1, -1, 2, y.shape[1]), 1, skip=0),)
 
@@ -129,6 +139,14 @@ def _pool_tokens(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Ten
     return pool_tokens(tokens, (3, 1, 2)), pool_tokens(tokens, (None, 3, 2), "max")
 
 
+def _merge(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """A fifth of the tokens, by their first numbers."""
+    tokens, size = y[None], bias[None].square()
+    match = bipartite_match(tokens[..., :3].float(), len(y) // 5)
+    merged, size = merge(tokens, match, size, mode="weighted")
+    return unmerge(merged, match), size
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -140,6 +158,8 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "pair_distill": (_pair_distill, distill.KERNELS),
     "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
     "maxsim": (_maxsim, MAXSIM_KERNELS),
+    "maxsim_int8": (_maxsim_int8, {"cpp": "cpu"}),
+    "merge": (_merge, MERGE_KERNELS),
     "token_roll": (_token_roll, SHIFT_KERNELS),
     "channel_shift": (_channel_shift, SHIFT_KERNELS),
     "pool_tokens": (_pool_tokens, POOL_KERNELS),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlpfast.ops import backends, debug
-from vlpfast.ops._checks import check_choice, check_flag, check_stash_bytes, same_dtype
+from vlpfast.ops._checks import check_choice, check_flag, check_stash_bytes
 from vlpfast.ops._schemas import accumulate_dtype, maxsim_index_dtype
 from vlpfast.ops.maxsim import reference
 from vlpfast.ops.maxsim._checks import check_masked, check_sets, check_tokens
@@ -105,15 +105,14 @@ def maxsim(x, y, x_mask=None, y_mask=None, *, directions="both", reduction="mean
     check_tokens("y", y, y_mask, y_cu_seqlens, "[M, K, T, D]" if pairs == "own" else "[N, T, D]")
     if normalize:
         x, y = unit_tokens(x), unit_tokens(y)
-    x, y = same_dtype(x, y)
-    a, b = _sets(x, x_mask, x_cu_seqlens), _sets(y, y_mask, y_cu_seqlens)
+    a, b = token_sets(x, x_mask, x_cu_seqlens), token_sets(y, y_mask, y_cu_seqlens)
     check_sets(x, y, a.count, b.count, pairs)
     candidates = {"all": None, "aligned": 1, "own": y.shape[1] if y.ndim == 4 else b.count // max(1, a.count)}[pairs]
     device = x.device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         scores = _maxsim(a, b, candidates, directions, reduction, masked, stash_bytes)
     else:
-        if x.dtype != torch.float64:
+        if torch.promote_types(x.dtype, y.dtype) != torch.float64:
             a, b = (s._replace(tokens=s.tokens.to(torch.get_autocast_dtype(device))) for s in (a, b))
         with torch.autocast(device, enabled=False):
             scores = _maxsim(a, b, candidates, directions, reduction, masked, stash_bytes)
@@ -132,7 +131,7 @@ class _Sets(NamedTuple):
     longest: int
 
 
-def _sets(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Sets:
+def token_sets(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Sets:
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
         longest = int(lengths.max()) if debug.readable(cu_seqlens) and len(lengths) else tokens.shape[0]
@@ -146,7 +145,10 @@ def _sets(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> _Se
 
 def _maxsim(x: _Sets, y: _Sets, candidates: int | None, directions, reduction, masked, stash_bytes) -> tuple[Tensor, Tensor]:
     """x_to_y and y_to_x, [M, N] or [M, candidates]; nothing useful for a direction that is not asked for."""
-    backend = backends.choose("maxsim", KERNELS, x.tokens.device, x.tokens.dtype)
+    wide = torch.promote_types(x.tokens.dtype, y.tokens.dtype)
+    backend = backends.choose("maxsim", KERNELS, x.tokens.device, wide)
+    if backend != "cpp" or wide == torch.float64:  # C++ reads either side's half types where they are
+        x, y = (s._replace(tokens=s.tokens.to(wide)) for s in (x, y))
     if backend == "reference":
         padded_x, x_mask = _padded(x)
         padded_y, y_mask = _padded(y)

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlpfast.ops import backends
 from vlpfast.ops._checks import DTYPES, check_choice, check_count, check_flag
+from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.maxsim._checks import check_tokens
-from vlpfast.ops.maxsim.maxsim import maxsim
+from vlpfast.ops.maxsim.int8 import maxsim_int8
+from vlpfast.ops.maxsim.maxsim import KERNELS, maxsim
 
 Array = Tensor | np.ndarray
-CHUNK_BYTES = 1 << 26  # of a chunk's tokens in the dtype they are scored in, and of its scores
+CHUNK_BYTES = 1 << 26  # of a chunk's tokens in the dtype they are read in, and of its scores
 
 
 def maxsim_topk(
@@ -36,17 +39,18 @@ def maxsim_topk(
         score[q, n] = sum (or mean) over kept p of max over kept t of <queries[q, p], corpus[n, t]>
 
     The corpus is read once, a chunk at a time, and may be a memory-mapped file larger than memory: only a chunk of it and its
-    scores are held, on the queries' device. Nothing is differentiated.
+    scores are held, on the queries' device. On a CPU the compiled kernel reads int8 and half types, as float32, out of the file's
+    own pages: no chunk is copied, unless floating tokens are normalized or cast. Nothing is differentiated.
 
     Args:
         queries: [Q, P, D], dtypes as in `maxsim`; query_mask: [Q, P] bool, True = keep.
         corpus: [N, T, D], or packed [L, D] with corpus_cu_seqlens: a tensor on any device or a numpy array (np.load(...,
-            mmap_mode="r")), float32, float64, float16, bfloat16 (tensors), or int8 with corpus_scale.
+            mmap_mode="r")), float32, float64, float16, bfloat16 (tensors), or int8 with corpus_scale (`quantize_tokens`).
         k: in [1, N].
         corpus_mask: [N, T] bool; corpus_cu_seqlens: int32 or int64 [N + 1], document n has the tokens from
             corpus_cu_seqlens[n] to corpus_cu_seqlens[n + 1]. A document without tokens scores 0.
         corpus_scale: [N, T] or [L] floats, for an int8 corpus alone: what each token is multiplied by (in float32).
-        reduction, normalize: see `maxsim`.
+        reduction, normalize: see `maxsim`; for an int8 corpus `maxsim_int8`.
         chunk: documents at a time; None: as many as have 64 MiB of tokens and 64 MiB of scores.
         progress: called after each chunk with the number of documents that are done, and N.
 
@@ -62,7 +66,7 @@ def maxsim_topk(
     check_tokens("queries", queries, query_mask, None, "[Q, P, D]")
     check_choice("reduction", reduction, ("mean", "sum"))
     check_flag("normalize", normalize)
-    documents = _Corpus(corpus, corpus_mask, corpus_cu_seqlens, corpus_scale, queries)
+    documents = _Corpus(corpus, corpus_mask, corpus_cu_seqlens, corpus_scale, queries, normalize)
     check_count("k", k, 1)
     if k > documents.count:
         raise ValueError(f"k: expected at most the {documents.count} documents of the corpus, got {k}")
@@ -71,11 +75,12 @@ def maxsim_topk(
     scores = indices = None
     with torch.no_grad():
         for start, end in documents.chunks(chunk):
-            tokens, mask, cu_seqlens = documents.read(start, end)
-            found = maxsim(
-                queries, tokens, query_mask, mask, directions="x_to_y", reduction=reduction, normalize=normalize,
-                y_cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+            tokens, scale, mask, cu_seqlens = documents.read(start, end)
+            options = {"reduction": reduction, "normalize": normalize, "y_cu_seqlens": cu_seqlens}
+            if scale is not None:
+                found = maxsim_int8(queries, tokens, scale, query_mask, mask, **options)
+            else:
+                found = maxsim(queries, tokens, query_mask, mask, directions="x_to_y", **options)
             places = torch.arange(start, end, device=found.device).expand(found.shape)
             if scores is not None:  # first, so that on ties the lower index stays first
                 found, places = torch.cat([scores, found], 1), torch.cat([indices, places], 1)
@@ -89,12 +94,12 @@ def maxsim_topk(
 class _Corpus:
     """Documents [N, T, D] or packed [L, D], and how to bring some of them to the queries."""
 
-    def __init__(self, corpus: Any, mask: Any, cu_seqlens: Any, scale: Any, queries: Tensor) -> None:
+    def __init__(self, corpus: Any, mask: Any, cu_seqlens: Any, scale: Any, queries: Tensor, normalize: bool) -> None:
         kinds = {"corpus": corpus, "corpus_mask": mask, "corpus_cu_seqlens": cu_seqlens, "corpus_scale": scale}
         for name, value in kinds.items():
             if not isinstance(value, Tensor | np.ndarray) and (name == "corpus" or value is not None):
                 raise TypeError(f"{name}: expected a tensor or a numpy array, got {type(value).__name__}")
-        self.int8 = _dtype(corpus) == torch.int8
+        int8 = _dtype(corpus) == torch.int8
         if _dtype(corpus) not in (*DTYPES, torch.int8):
             raise TypeError(f"corpus: expected float32, float64, bfloat16, float16 or int8, got {corpus.dtype}")
         width = queries.shape[2]
@@ -107,19 +112,21 @@ class _Corpus:
             raise ValueError("corpus_mask: expected None with corpus_cu_seqlens, got a mask")
         if mask is not None:
             _check_like("corpus_mask", mask, corpus, (torch.bool,))
-        if (scale is not None) != self.int8:
-            raise ValueError(f"corpus_scale: expected {'one for an' if self.int8 else 'None but for an'} int8 corpus")
+        if (scale is not None) != int8:
+            raise ValueError(f"corpus_scale: expected {'one for an' if int8 else 'None but for an'} int8 corpus")
         if scale is not None:
             _check_like("corpus_scale", scale, corpus, DTYPES)
         self.corpus, self.mask, self.scale, self.device = corpus, mask, scale, queries.device
-        self.dtype = torch.float32 if self.int8 else torch.promote_types(_dtype(corpus), queries.dtype)
+        wide = torch.promote_types(torch.float32 if int8 else _dtype(corpus), queries.dtype)
+        in_place = backends.choose("maxsim", KERNELS, self.device, wide) == "cpp" and (int8 or not normalize)
+        self.token_bytes = max(1, queries.shape[2] * (_dtype(corpus) if in_place else wide).itemsize)
+        self.score_bytes = max(1, queries.shape[0] * accumulate_dtype(wide).itemsize)  # of one document
         self.ends = None if cu_seqlens is None else _ends(cu_seqlens, corpus.shape[0])  # [N + 1] int64, on the host
         self.count = corpus.shape[0] if self.ends is None else len(self.ends) - 1
-        self.queries = queries.shape[0]
 
     def chunks(self, chunk: int | None) -> Iterator[tuple[int, int]]:
-        tokens = max(1, CHUNK_BYTES // max(1, self.corpus.shape[-1] * self.dtype.itemsize))
-        most = CHUNK_BYTES // (max(1, self.queries) * self.dtype.itemsize)
+        tokens = max(1, CHUNK_BYTES // self.token_bytes)
+        most = CHUNK_BYTES // self.score_bytes
         start = 0
         while start < self.count:
             if chunk is not None:
@@ -132,17 +139,17 @@ class _Corpus:
             yield start, end
             start = end
 
-    def read(self, start: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Tokens, mask and cu_seqlens of these documents on the queries' device."""
+    def read(self, start: int, end: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Tokens, scale, mask and cu_seqlens of these documents on the queries' device."""
         cu_seqlens = None
         rows = slice(start, end)
         if self.ends is not None:
             cu_seqlens = torch.from_numpy(self.ends[start : end + 1] - self.ends[start]).to(self.device)
             rows = slice(int(self.ends[start]), int(self.ends[end]))
-        tokens = _tensor(self.corpus[rows], self.device)
-        if self.scale is not None:
-            tokens = tokens.to(self.dtype) * _tensor(self.scale[rows], self.device).to(self.dtype)[..., None]
-        return tokens, None if self.mask is None else _tensor(self.mask[rows], self.device), cu_seqlens
+        tokens, scale, mask = (
+            None if values is None else _tensor(values[rows], self.device) for values in (self.corpus, self.scale, self.mask)
+        )
+        return tokens, None if scale is None else scale.float(), mask, cu_seqlens
 
 
 def _dtype(values: Array) -> torch.dtype | None:
@@ -151,12 +158,24 @@ def _dtype(values: Array) -> torch.dtype | None:
         return values.dtype
     try:
         return torch.from_numpy(np.empty(0, values.dtype)).dtype
-    except TypeError:
+    except (TypeError, ValueError):  # the latter for another order of bytes
         return None
 
 
 def _tensor(values: Array, device: torch.device) -> Tensor:
-    return (values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))).to(device)
+    """The array's own memory where torch can have it, a memory-mapped file's pages too. Nothing may write to it."""
+    if isinstance(values, np.ndarray):
+        torch_like = values.flags.aligned and all(s >= 0 and s % values.itemsize == 0 for s in values.strides)
+        values = torch.from_numpy(np.asarray(_Borrowed(values)) if torch_like else np.array(values))
+    return values.to(device)
+
+
+class _Borrowed:
+    """An array's memory without the mark that it is read-only, at which torch would warn; it lives as long as this does."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+        self.__array_interface__ = values.__array_interface__ | {"data": (values.ctypes.data, False)}
 
 
 def _check_like(name: str, values: Array, corpus: Array, dtypes: tuple[torch.dtype, ...]) -> None:
