@@ -2,9 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <string_view>
-#include <type_traits>
 
 namespace vlpfast::maxsim {
 
@@ -32,22 +29,5 @@ template <class T> struct Kernel {
 const Kernel<float>* avx512_kernel();
 const Kernel<float>* avx2_kernel();
 template <class T> const Kernel<T>* portable_kernel();
-
-// The widest kernel of this processor, at most what the variable names by which torch chooses its own.
-template <class T> const Kernel<T>& kernel_here() {
-    if constexpr (std::is_same_v<T, float>) {
-        static const Kernel<float>* const found = [] {
-            const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
-            const std::string_view limit = variable ? variable : "";
-            const Kernel<float>* widest = limit == "default" || limit == "avx2" ? nullptr : avx512_kernel();
-            if (!widest && limit != "default")
-                widest = avx2_kernel();
-            return widest ? widest : portable_kernel<float>();
-        }();
-        return *found;
-    } else {
-        return *portable_kernel<T>();
-    }
-}
 
 } // namespace vlpfast::maxsim

@@ -259,58 +259,6 @@ def _(similarity: Tensor, rows: Tensor, columns: Tensor):
     return similarity.new_empty((*similarity.shape[:-2], similarity.shape[-1]), dtype=torch.int64)
 
 
-# --- merging tokens ---------------------------------------------------------------------------------------------------
-
-# metric [B, N, C]; a [Na] and b [Nb] int64: all N places, each once. The r tokens of a that are most like one of b are merged
-# into it; those at places below `protect` take no part. mask [B, N] bool. 1 <= r <= Na. See vlpfast.ops.tokens.Match.
-for _suffix in ("", "_triton"):
-    torch.library.define(
-        f"vlpfast::match_tokens{_suffix}",
-        "(Tensor metric, Tensor a, Tensor b, SymInt r, int protect, Tensor? mask, bool by_score) "
-        "-> (Tensor kept, Tensor source, Tensor index)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
-    # x [B, N, C]; weight [B, N] in the accumulating dtype (None: ones). divide: by the sums of weights, `total`. largest: the
-    # largest value of each channel instead, the first of equal ones in the order kept, source. An output of one token is that
-    # token, whatever its weight; the others are 0 where they are divided by 0.
-    torch.library.define(
-        f"vlpfast::merge_fwd{_suffix}",
-        "(Tensor x, Tensor kept, Tensor source, Tensor index, Tensor? weight, bool divide, bool largest) "
-        "-> (Tensor y, Tensor total)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
-    # x and weight as in the forward, for `largest` and the gradient of weights. What is not needed comes back with no batch.
-    torch.library.define(
-        f"vlpfast::merge_bwd{_suffix}",
-        "(Tensor grad, Tensor? grad_total, Tensor? x, Tensor kept, Tensor source, Tensor index, Tensor? weight, bool divide, "
-        "bool largest, bool need_x, bool need_weight) -> (Tensor dx, Tensor dweight)",
-        tags=torch.Tag.pt2_compliant_tag,
-    )
-
-
-@torch.library.register_fake("vlpfast::match_tokens")
-@torch.library.register_fake("vlpfast::match_tokens_triton")
-def _(metric: Tensor, a, b, r, protect, mask, by_score):
-    batch, n = metric.shape[:2]
-    return tuple(metric.new_empty((batch, length), dtype=torch.int64) for length in (n - r, r, n))
-
-
-@torch.library.register_fake("vlpfast::merge_fwd")
-@torch.library.register_fake("vlpfast::merge_fwd_triton")
-def _(x: Tensor, kept, source, index, weight, divide, largest):
-    return x.new_empty((*kept.shape, x.shape[2])), x.new_empty(kept.shape, dtype=accumulate_dtype(x.dtype))
-
-
-@torch.library.register_fake("vlpfast::merge_bwd")
-@torch.library.register_fake("vlpfast::merge_bwd_triton")
-def _(grad: Tensor, grad_total, x, kept, source, index, weight, divide, largest, need_x, need_weight):
-    batch, n = index.shape
-    return (
-        grad.new_empty((batch if need_x else 0, n, grad.shape[2])),
-        grad.new_empty((batch if need_weight else 0, n), dtype=accumulate_dtype(grad.dtype)),
-    )
-
-
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 # x [B, F, R, E], elements of a row consecutive: of each row of frame t, elements back_begin to back_end come from frame t - 1,

@@ -113,11 +113,6 @@ def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *ar
     return 0 if kept else 2 * x_shape[1] * _token_pairs(x_shape, y_shape, x_start_shape, args[5])
 
 
-@register_flop_formula([torch.ops.vlpfast.match_tokens, torch.ops.vlpfast.match_tokens_triton])
-def _(metric_shape, a_shape, b_shape, *args, out_shape=None, **kwargs) -> int:
-    return 2 * metric_shape[0] * metric_shape[2] * a_shape[0] * b_shape[0]
-
-
 @register_flop_formula([getattr(torch.ops.vlpfast, f"frame_shift{suffix}") for suffix in ("", "_", "_triton", "__triton")])
 def _(x_shape, *args, out_shape=None, **kwargs) -> int:
     return 0

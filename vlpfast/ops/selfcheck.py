@@ -28,8 +28,6 @@ from vlpfast.ops.maxsim import maxsim, maxsim_int8, quantize_tokens
 from vlpfast.ops.temporal import channel_shift, pool_tokens, token_roll
 from vlpfast.ops.temporal.pool import KERNELS as POOL_KERNELS
 from vlpfast.ops.temporal.shift import KERNELS as SHIFT_KERNELS
-from vlpfast.ops.tokens import bipartite_match, merge, unmerge
-from vlpfast.ops.tokens.merging import KERNELS as MERGE_KERNELS
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -139,14 +137,6 @@ def _pool_tokens(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Ten
     return pool_tokens(tokens, (3, 1, 2)), pool_tokens(tokens, (None, 3, 2), "max")
 
 
-def _merge(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """A fifth of the tokens, by their first numbers."""
-    tokens, size = y[None], bias[None].square()
-    match = bipartite_match(tokens[..., :3].float(), len(y) // 5)
-    merged, size = merge(tokens, match, size, mode="weighted")
-    return unmerge(merged, match), size
-
-
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -159,7 +149,6 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
     "maxsim": (_maxsim, MAXSIM_KERNELS),
     "maxsim_int8": (_maxsim_int8, {"cpp": "cpu"}),
-    "merge": (_merge, MERGE_KERNELS),
     "token_roll": (_token_roll, SHIFT_KERNELS),
     "channel_shift": (_channel_shift, SHIFT_KERNELS),
     "pool_tokens": (_pool_tokens, POOL_KERNELS),
