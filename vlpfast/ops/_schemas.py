@@ -257,3 +257,54 @@ torch.library.define(
 @torch.library.register_fake("vlpfast::assignment")
 def _(similarity: Tensor, rows: Tensor, columns: Tensor):
     return similarity.new_empty((*similarity.shape[:-2], similarity.shape[-1]), dtype=torch.int64)
+
+
+# --- merging of tokens ------------------------------------------------------------------------------------------------
+
+# Which of the tokens of metric [B, N, C] merge (vlpfast/ops/tokens/matching.py): set B has the places every - 1, 2 * every - 1,
+# ..., set A the others; or with index tensors, each ascending, those of a [Na] and b [Nb]. Places below `protect` take no part.
+# r, at least 1, is at most the number of places in A from `protect` on; B has such a place too. mask [B, N]: True is real.
+# index [B, N], kept [B, N - r], source [B, r], target [B, r], all int64 (Match).
+_MATCH_FWD = (
+    "(Tensor metric, Tensor? a, Tensor? b, SymInt every, SymInt protect, SymInt r, bool by_score, Tensor? mask) "
+    "-> (Tensor index, Tensor kept, Tensor source, Tensor target)"
+)
+# x [B, N, C]: place i of y [B, N - r, C] has the token kept[i] and those of source whose target is i; their sum, or their mean
+# under weight [B, N] (in the accumulating dtype; None: 1 each), or of each channel the largest. total [B, N - r]: the sums of
+# weight.
+_MERGE_FWD = (
+    "(Tensor x, Tensor? weight, Tensor kept, Tensor source, Tensor target, bool mean, bool largest) -> (Tensor y, Tensor total)"
+)
+# grad_y [B, N - r, C] in x's dtype. weight and total are needed for a mean, x and y for `largest` and need_weight, grad_total for
+# need_weight. What is not needed comes back empty, [0, N, C] and [0, N]. With index alone, not mean, this is unmerge.
+_MERGE_BWD = (
+    "(Tensor grad_y, Tensor? grad_total, Tensor index, Tensor? weight, Tensor? total, Tensor? x, Tensor? y, "
+    "bool mean, bool largest, bool need_x, bool need_weight) -> (Tensor dx, Tensor dweight)"
+)
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::match_fwd{_suffix}", _MATCH_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::merge_fwd{_suffix}", _MERGE_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::merge_bwd{_suffix}", _MERGE_BWD, tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("vlpfast::match_fwd")
+@torch.library.register_fake("vlpfast::match_fwd_triton")
+def _(metric: Tensor, a, b, every, protect, r, by_score, mask):
+    batch, n, _ = metric.shape
+    return tuple(metric.new_empty((batch, length), dtype=torch.int64) for length in (n, n - r, r, r))
+
+
+@torch.library.register_fake("vlpfast::merge_fwd")
+@torch.library.register_fake("vlpfast::merge_fwd_triton")
+def _(x: Tensor, weight, kept: Tensor, source, target, mean, largest):
+    return x.new_empty((*kept.shape, x.shape[2])), x.new_empty(kept.shape, dtype=accumulate_dtype(x.dtype))
+
+
+@torch.library.register_fake("vlpfast::merge_bwd")
+@torch.library.register_fake("vlpfast::merge_bwd_triton")
+def _(grad_y: Tensor, grad_total, index: Tensor, weight, total, x, y, mean, largest, need_x, need_weight):
+    batch, n = index.shape
+    return (
+        grad_y.new_empty((batch if need_x else 0, n, grad_y.shape[2])),
+        grad_y.new_empty((batch if need_weight else 0, n), dtype=accumulate_dtype(grad_y.dtype)),
+    )

@@ -111,3 +111,11 @@ def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *ar
         grad is None or winners[0] for grad, winners in ((grad_x_to_y_shape, y_of_x_shape), (grad_y_to_x_shape, x_of_y_shape))
     )
     return 0 if kept else 2 * x_shape[1] * _token_pairs(x_shape, y_shape, x_start_shape, args[5])
+
+
+@register_flop_formula([torch.ops.vlpfast.match_fwd, torch.ops.vlpfast.match_fwd_triton])
+def _(metric_shape, a_shape, b_shape, every, *args, out_shape=None, **kwargs) -> int:
+    """The similarities. Merging itself makes no products."""
+    batch, n, width = metric_shape
+    in_b = n // every if b_shape is None else b_shape[0]
+    return 2 * batch * (n - in_b) * in_b * width
