@@ -308,3 +308,67 @@ def _(grad_y: Tensor, grad_total, index: Tensor, weight, total, x, y, mean, larg
         grad_y.new_empty((batch if need_x else 0, n, grad_y.shape[2])),
         grad_y.new_empty((batch if need_weight else 0, n), dtype=accumulate_dtype(grad_y.dtype)),
     )
+
+
+# --- tokens: selection and masking ------------------------------------------------------------------------------------
+
+# out [B, K, C]: row j of image b is row indices[b, j] of x[b], x [B, N, C], indices [B, K] int64; where the index is -1 it is
+# `fill` [C] (any floating dtype), zeros without one. Its own gradient, by the inverse permutation: row n of x gets the row of
+# the gradient that was made of it, -1 stands for none.
+_GATHER_ROWS = "(Tensor x, Tensor indices, Tensor? fill) -> Tensor"
+# The sum of the rows of x [B, K, C] whose index is -1, [C] in the accumulating dtype: the gradient of `fill`.
+_FILLED_ROWS_SUM = "(Tensor x, Tensor indices) -> Tensor"
+# seed [] or [B] int64. indices [B, protect + keep] of what stays, the first `protect` tokens before the others; inverse
+# [B, tokens]: the place of every token among these, -1 for none.
+_RANDOM_KEEP = (
+    "(Tensor seed, SymInt batch, SymInt tokens, SymInt keep, SymInt protect, bool shuffled) -> (Tensor indices, Tensor inverse)"
+)
+# x [B, N, C], score [B, N] in any floating dtype, mask [B, N] bool. kept [B, protect + k (+ 1 with fuse), C], indices
+# [B, protect + k] int64.
+_SELECT_FWD = (
+    "(Tensor x, Tensor score, Tensor? mask, SymInt k, SymInt protect, bool by_score, bool fuse, bool normalize) "
+    "-> (Tensor kept, Tensor indices)"
+)
+# x is looked at only for the gradient of score. What is not needed comes back empty.
+_SELECT_BWD = (
+    "(Tensor grad, Tensor? x, Tensor score, Tensor? mask, Tensor indices, bool fuse, bool normalize, "
+    "bool need_x, bool need_score) -> (Tensor dx, Tensor dscore)"
+)
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::gather_rows{_suffix}", _GATHER_ROWS, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::filled_rows_sum{_suffix}", _FILLED_ROWS_SUM, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::random_keep{_suffix}", _RANDOM_KEEP, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::select_fwd{_suffix}", _SELECT_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::select_bwd{_suffix}", _SELECT_BWD, tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("vlpfast::gather_rows")
+@torch.library.register_fake("vlpfast::gather_rows_triton")
+def _(x: Tensor, indices: Tensor, fill):
+    return x.new_empty((*indices.shape, x.shape[2]))
+
+
+@torch.library.register_fake("vlpfast::filled_rows_sum")
+@torch.library.register_fake("vlpfast::filled_rows_sum_triton")
+def _(x: Tensor, indices):
+    return x.new_empty(x.shape[2], dtype=accumulate_dtype(x.dtype))
+
+
+@torch.library.register_fake("vlpfast::random_keep")
+@torch.library.register_fake("vlpfast::random_keep_triton")
+def _(seed: Tensor, batch, tokens, keep, protect, shuffled):
+    return seed.new_empty((batch, protect + keep)), seed.new_empty((batch, tokens))
+
+
+@torch.library.register_fake("vlpfast::select_fwd")
+@torch.library.register_fake("vlpfast::select_fwd_triton")
+def _(x: Tensor, score, mask, k, protect, by_score, fuse, normalize):
+    b, _, c = x.shape
+    return x.new_empty((b, protect + k + fuse, c)), x.new_empty((b, protect + k), dtype=torch.int64)
+
+
+@torch.library.register_fake("vlpfast::select_bwd")
+@torch.library.register_fake("vlpfast::select_bwd_triton")
+def _(grad: Tensor, x, score: Tensor, mask, indices, fuse, normalize, need_x, need_score):
+    b, n = score.shape
+    return grad.new_empty((b if need_x else 0, n, grad.shape[2])), score.new_empty((b if need_score else 0, n))
