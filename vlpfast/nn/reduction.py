@@ -100,14 +100,12 @@ def select_attended(tokens: Tokens, q: Tensor, k: Tensor, *, keep: float, rest: 
     count = math.ceil(keep * (length - protect))
     if count == length - protect:
         return tokens
-    rows = [0] if protect else list(range(length))
-    score = importance(q, k, rows).mean(1)  # [B, T]
-    x, indices = select(tokens.x, score, count, rest=rest, protect=protect)  # indices [B, count]
+    score = importance(q, k, 0 if protect else None).mean(1)  # [B, T]
+    x, indices = select(tokens.x, score, count, rest=rest, protect=protect)  # indices [B, protect + count]
     if tokens.place is None:
         return Tokens(x, None, None)
     place = indices.new_full((batch, length), -1 if rest == "drop" else x.shape[1] - 1)
-    place[:, :protect] = torch.arange(protect, device=place.device)
-    place = place.scatter(1, indices, torch.arange(protect, protect + count, device=place.device).expand(batch, -1))
+    place = place.scatter(1, indices, torch.arange(indices.shape[1], device=place.device).expand(batch, -1))
     return Tokens(x, None, torch.where(tokens.place < 0, -1, place.gather(1, tokens.place.clamp(min=0))))
 
 
