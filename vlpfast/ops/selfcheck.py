@@ -25,6 +25,7 @@ from vlpfast.ops.contrastive import (
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
 from vlpfast.ops.maxsim import maxsim
+from vlpfast.ops.tokens import random_mask, restore, select, selection
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -164,3 +165,22 @@ def _error(found: list[Tensor], expected: list[Tensor]) -> float:
         for f, e in zip(found, expected, strict=True)
     ]
     return float(torch.stack(errors).nan_to_num(torch.inf).max())
+
+
+# --- tokens: selection and masking ------------------------------------------------------------------------------------
+
+
+def _select(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The fused token is so small that its rounding to the tokens' dtype is below the tolerance of float32."""
+    score = bias.abs()[None].expand(2, -1)
+    kept, indices = select(torch.stack([y, y.flip(0)]), score, len(y) // 3, rest="fuse", normalize=True, protect=1)
+    return torch.cat([kept[:, :-1].to(scale.dtype), 1e-3 * kept[:, -1:].to(scale.dtype)], 1), indices.to(scale.dtype)
+
+
+def _random_mask(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    seed = torch.tensor([5, 6], device=x.device)
+    kept, indices, inverse = random_mask(torch.stack([y, y.flip(0)]), 0.75, seed, protect=1, order="random")
+    return kept, indices.to(scale.dtype), restore(kept, inverse, x[0])
+
+
+_CASES |= {"select": (_select, selection.KERNELS), "random_mask": (_random_mask, selection.KERNELS)}

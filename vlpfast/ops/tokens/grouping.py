@@ -73,7 +73,7 @@ def group_mean(assignment: Tensor, values: Tensor, eps: float = 1.0) -> Tensor:
         eps: >= 0, beside the count; GroupViT's is 1, with which a group without tokens is 0. With 0 such a group is NaN.
 
     Returns:
-        [B, G, C] in values' dtype, summed and divided in float32 (float64), whatever autocast says. Differentiable any number of times.
+        [B, G, C] in values' dtype, summed and divided in float32 (float64), whatever autocast says.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.

@@ -60,7 +60,7 @@ def gather_rows(x: Tensor, indices: Tensor, fill: Tensor | None = None) -> Tenso
 
 
 def random_keep(seed: Tensor, batch: int, tokens: int, keep: int, protect: int, shuffled: bool) -> tuple[Tensor, Tensor]:
-    """indices [B, protect + keep], inverse [B, tokens]: the tokens with the smallest random bits stay, of equal ones the first."""
+    """indices [B, protect + keep], inverse [B, tokens]: the smallest random bits stay, of equal ones the first."""
     bits = random_bits(seed, batch, tokens, MASK_STREAM)[:, protect:]
     chosen = bits.sort(dim=1, stable=True).indices[:, :keep] + protect
     if not shuffled:

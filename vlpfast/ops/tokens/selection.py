@@ -1,4 +1,4 @@
-"""select: the tokens with the highest scores, and one made of the others; importance: scores by the attention of a few queries."""
+"""select: the tokens with the highest scores, and one made of the others; importance: what a few queries attend to."""
 
 from __future__ import annotations
 

@@ -58,8 +58,7 @@ class _SelectGradient(torch.autograd.Function):
 
 
 class GatherRows(torch.autograd.Function):
-    """gather_rows(x, indices, fill); back [B, N] is the inverse of indices. Its gradient is another of it: differentiable any number
-    of times."""
+    """gather_rows(x, indices, fill); back [B, N] is the inverse of indices. Its gradient is one more of it, in any order."""
 
     generate_vmap_rule = True
 
