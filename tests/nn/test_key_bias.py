@@ -196,6 +196,11 @@ def test_on_a_gpu(dtype: torch.dtype, length: int) -> None:
         assert (got.cpu().double() - wanted).norm() / wanted.norm() <= 2 * bound
 
 
+def test_on_the_meta_device() -> None:
+    q, k, v = (t.to("meta") for t in qkv())
+    assert attention(q, k, v, key_bias=torch.zeros(2, 6, device="meta")).shape == (2, 3, 6, 8)
+
+
 def test_wrong_arguments_are_named() -> None:
     q, k, v = qkv()
     with pytest.raises(TypeError, match=r"key_bias: expected a float tensor, got torch\.int64"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Literal
 
@@ -55,15 +56,17 @@ def attention(
     """
     _check(q, k, v, mask, key_bias, cu_seqlens, backend)
     if key_bias is not None:
-        if torch.is_autocast_enabled(q.device.type):
-            q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-        half_on_gpu = q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
+        device = q.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast:
+            q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
+        half_on_gpu = device == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
         if not need_weights and (half_on_gpu or backend in ("flash_attn", "xformers")):
             folded = _fold(q, k, v, key_bias)
             return _dispatch(*folded, mask, cu_seqlens, max_seqlen, backend, q.shape[-1] ** -0.5)[..., : q.shape[-1]]
         mask, cu_seqlens = _add_key_bias(q, mask, key_bias, cu_seqlens), None
         if not need_weights:
-            with torch.autocast(q.device.type, enabled=False):  # it would round the bias to the precision of q
+            with torch.autocast(device, enabled=False) if autocast else nullcontext():  # it would round the bias as it does q
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if need_weights:
         return _explicit(q, k, v, _dense_mask(q, mask, cu_seqlens))
