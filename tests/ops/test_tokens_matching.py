@@ -288,7 +288,9 @@ def test_layouts(dtype: torch.dtype, backend: str) -> None:
             assert equal(bipartite_match(view, 3), bipartite_match(view.contiguous(), 3))
         turned = bipartite_match(wide.transpose(0, 1), 3, mask=mask.T)
         assert equal(turned, bipartite_match(wide.transpose(0, 1).contiguous(), 3, mask=mask.T.contiguous()))
-        assert equal(bipartite_match(wide, 1, mask=mask[:1].expand(30, -1)), bipartite_match(wide, 1, mask=mask[:1].repeat(30, 1)))
+        assert equal(
+            bipartite_match(wide, 1, mask=mask[:1].expand(30, -1)), bipartite_match(wide, 1, mask=mask[:1].repeat(30, 1))
+        )
 
 
 @needs_library
@@ -365,7 +367,12 @@ def test_flops_autocast_and_gradients() -> None:
 GOOD: dict[str, Any] = {"metric": tokens(2, 12, 3), "r": 3}
 WRONG_ARGUMENTS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (bipartite_match, {"metric": 3}, TypeError, "metric: expected a tensor, got int"),
-    (bipartite_match, {"metric": torch.ones(2, 12, 3, dtype=torch.int64)}, TypeError, "metric: expected float32, .* got torch.int64"),
+    (
+        bipartite_match,
+        {"metric": torch.ones(2, 12, 3, dtype=torch.int64)},
+        TypeError,
+        "metric: expected float32, .* got torch.int64",
+    ),
     (bipartite_match, {"metric": torch.ones(12, 3)}, ValueError, r"metric: expected shape \[B, N, C\], got \(12, 3\)"),
     (bipartite_match, {"r": -1}, ValueError, "r: expected >= 0, got -1"),
     (bipartite_match, {"r": 2.0}, TypeError, "r: expected an int, got float"),

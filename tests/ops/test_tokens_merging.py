@@ -1,4 +1,4 @@
-"""merge, unmerge, track: their definition by loops, what merging keeps, gradients, weights of zero, layouts, threads, arguments."""
+"""merge, unmerge, track: the definition by loops, what merging keeps, gradients, weights of zero, layouts, threads, arguments."""
 
 from __future__ import annotations
 
@@ -212,7 +212,8 @@ def test_against_the_reference_in_float64(n: int, c: int, mode: dict[str, Any], 
             expected = run(x.double(), match, **arguments(mode, size.double()))
         assert found[0].dtype == dtype and found[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         for f, e in zip(found, expected, strict=True):
-            assert f.shape == e.shape and (f.double() - e).norm() <= TOLERANCES[dtype] * max(1e-30, e.norm())
+            assert f.shape == e.shape  # the gradient by the weight of a token that merges with none is 0
+            assert (f.double() - e).norm() <= TOLERANCES[dtype] * max(0.1, e.norm())
 
 
 @needs_library
@@ -390,6 +391,8 @@ def test_compiled() -> None:
         results.append([total.detach(), *torch.autograd.grad(total, leaves)])
     for f, e in zip(*results, strict=True):
         torch.testing.assert_close(f, e)
+    nothing = torch.compile(lambda x: merge(x, bipartite_match(x, 0))[0].sum(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(nothing(x), x.sum())
     with FakeTensorMode() as mode:
         assert loss(mode.from_tensor(x), mode.from_tensor(sizes(2, 12))).shape == ()
 

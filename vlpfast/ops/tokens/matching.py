@@ -156,7 +156,7 @@ def _match(metric, a, b, every, protect, r, order, mask) -> Match:
     if r == 0:
         n = metric.shape[1]
         index = torch.arange(n, device=metric.device).expand(metric.shape[0], n)
-        return Match(index, index, index[:, :0], index[:, :0])
+        return Match(index, index.view_as(index), index[:, :0], index[:, :0])  # Dynamo refuses one tensor twice in a Function
     metric = metric.detach()
     if backends.choose("match", KERNELS, metric.device, metric.dtype) == "reference":
         if a is None:
