@@ -144,14 +144,13 @@ template <class T, class Out> VLPFAST_CLONES void scale(const Out* in, int64_t n
 }
 
 // sum of (x - y) * g; numbers of x that are none count as 0 if `guard`.
-template <class In, class T = Wide<In>>
-VLPFAST_CLONES T slope(const In* x, const In* y, const In* g, int64_t n, bool guard) {
+template <class In, class T> VLPFAST_CLONES T slope(const In* x, const T* y, const In* g, int64_t n, bool guard) {
     T sum[kLanes] = {};
     const auto term = [&](int64_t c) {
         T value = static_cast<T>(x[c]);
         if (guard)
             value = std::abs(value) <= std::numeric_limits<T>::max() ? value : T(0);
-        return (value - static_cast<T>(y[c])) * static_cast<T>(g[c]);
+        return (value - y[c]) * static_cast<T>(g[c]);
     };
     int64_t c = 0;
     for (; c + kLanes <= n; c += kLanes) {
@@ -169,6 +168,22 @@ VLPFAST_CLONES T slope(const In* x, const In* y, const In* g, int64_t n, bool gu
 // What a token of `weight` has of a mean under weights that add up to `total`.
 template <class T> T share_of(T weight, T total) {
     return total == 0 ? T(0) : weight / total;
+}
+
+// out = the sum of share(i) * x[i] of some tokens; one that has no share may hold anything
+template <class In, class F>
+void sum_rows(const Tokens<In>& x, int64_t image, const int32_t* begin, const int32_t* end, const F& share,
+              Buffer<In>& copy, Wide<In>* out) {
+    bool first = true;
+    for (const int32_t* i = begin; i < end; ++i) {
+        const Wide<In> part = share(*i);
+        if (part == 0)
+            continue;
+        add(x.row(image, *i, copy), x.width, part, first, out);
+        first = false;
+    }
+    if (first)
+        std::fill_n(out, x.width, Wide<In>(0));
 }
 
 template <class In>
@@ -196,17 +211,8 @@ void forward(const Tokens<In>& x, const Table<Wide<In>>& weight, const Groups& g
                     take_larger(x.row(image, *i, copy), C, out);
                 return;
             }
-            bool first = true;
             T* const row = sum.get(C);
-            for (const int32_t* i = begin; i < end; ++i) {
-                const T part = share(*i);
-                if (part == 0)
-                    continue; // whatever it holds
-                add(x.row(image, *i, copy), C, part, first, row);
-                first = false;
-            }
-            if (first)
-                std::fill_n(row, C, T(0));
+            sum_rows(x, image, begin, end, share, copy, row);
             convert(row, C, out);
         };
     });
@@ -241,9 +247,9 @@ std::tuple<Tensor, Tensor> merge_fwd(const Tensor& x, const std::optional<Tensor
     return {y, total};
 }
 
-// What the gradient needs of the forward pass; null where the mode does without.
+// What the gradient needs of the forward pass; nothing where the mode does without.
 template <class In> struct Saved {
-    std::optional<Tokens<In>> x, y;
+    std::optional<Tokens<In>> x;
     Table<Wide<In>> weight, total, grad_total;
 };
 
@@ -254,7 +260,8 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
     const int64_t C = grad.width, bytes = C * static_cast<int64_t>(sizeof(In)), N = groups.count;
     const bool stream = dx && grad.batch * N * bytes >= kStreamBytes;
     struct Scratch {
-        Buffer<In> grad, x, y;
+        Buffer<In> grad, x, largest;
+        Buffer<T> mean;
         Buffer<char> taken;
     };
     each_place(groups, [&] {
@@ -262,7 +269,10 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
             const int32_t *const begin = groups.begin(image, place), *const end = groups.end(image, place);
             const In* const g = grad.row(image, place, scratch.grad);
             if (largest && dx && end - begin > 1) {
-                const In* const y = saved.y->row(image, place, scratch.y);
+                In* const y = scratch.largest.get(C);
+                std::memcpy(y, saved.x->row(image, *begin, scratch.x), bytes);
+                for (const int32_t* i = begin + 1; i < end; ++i)
+                    take_larger(saved.x->row(image, *i, scratch.x), C, y);
                 char* const taken = scratch.taken.get(C);
                 std::fill_n(taken, C, 0);
                 for (const int32_t* i = begin; i < end; ++i) {
@@ -277,9 +287,16 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
                 }
                 return;
             }
+            const T total = saved.total.data ? saved.total.at(image, place) : T(1);
+            const auto weight = [&](int32_t i) { return saved.weight.data ? saved.weight.at(image, i) : T(1); };
+            // alone a token is its own mean, whatever it weighs
+            const bool slopes = dweight && mean && total != 0 && end - begin > 1;
+            T* const row = slopes ? scratch.mean.get(C) : nullptr; // of the tokens, not rounded
+            if (slopes)
+                sum_rows(
+                    *saved.x, image, begin, end, [&](int32_t i) { return share_of(weight(i), total); }, scratch.x, row);
             for (const int32_t* i = begin; i < end; ++i) {
-                const T w = saved.weight.data ? saved.weight.at(image, *i) : T(1);
-                const T total = saved.total.data ? saved.total.at(image, place) : T(1);
+                const T w = weight(*i);
                 if (dx) {
                     In* const out = dx + (image * N + *i) * C;
                     const T share = mean ? share_of(w, total) : T(1);
@@ -291,12 +308,8 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
                         scale(g, C, share, out);
                 }
                 if (dweight) {
-                    T d = saved.grad_total.at(image, place);
-                    if (mean && total != 0 && end - begin > 1) // alone it is its own mean, whatever it weighs
-                        d += slope(saved.x->row(image, *i, scratch.x), saved.y->row(image, place, scratch.y), g, C,
-                                   w == 0) /
-                             total;
-                    dweight[image * N + *i] = d;
+                    const T rise = slopes ? slope(saved.x->row(image, *i, scratch.x), row, g, C, w == 0) / total : T(0);
+                    dweight[image * N + *i] = saved.grad_total.at(image, place) + rise;
                 }
             }
         };
@@ -305,18 +318,17 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
 
 std::tuple<Tensor, Tensor> merge_bwd(const Tensor& grad_y, const std::optional<Tensor>& grad_total, const Tensor& index,
                                      const std::optional<Tensor>& weight, const std::optional<Tensor>& total,
-                                     const std::optional<Tensor>& x, const std::optional<Tensor>& y, bool mean,
-                                     bool largest, bool need_x, bool need_weight) {
+                                     const std::optional<Tensor>& x, bool mean, bool largest, bool need_x,
+                                     bool need_weight) {
     STD_TORCH_CHECK(grad_y.dim() == 3 && index.dim() == 2, "expected grad_y [B, N - r, C] and index [B, N]");
     STD_TORCH_CHECK(!mean || total, "total: expected it for a mean");
-    STD_TORCH_CHECK((x && y) || !((need_weight && mean) || (need_x && largest)), "x, y: expected both");
+    STD_TORCH_CHECK(x || !((need_weight && mean) || (need_x && largest)), "x: expected it for this gradient");
     STD_TORCH_CHECK(!need_weight || grad_total, "grad_total: expected it for the gradient of weight");
     const int64_t B = index.size(0), N = index.size(1), M = grad_y.size(1), C = grad_y.size(2);
     STD_TORCH_CHECK(grad_y.size(0) == B && N <= INT32_MAX, "grad_y: expected ", B, " images, got ", grad_y.size(0));
-    for (const auto& [t, tokens] : {std::pair(x, N), std::pair(y, M)})
-        STD_TORCH_CHECK(!t || (t->scalar_type() == grad_y.scalar_type() && t->dim() == 3 && t->size(0) == B &&
-                               t->size(1) == tokens && t->size(2) == C),
-                        "x, y: expected the forward pass's");
+    STD_TORCH_CHECK(!x || (x->scalar_type() == grad_y.scalar_type() && x->dim() == 3 && x->size(0) == B &&
+                           x->size(1) == N && x->size(2) == C),
+                    "x: expected the forward pass's");
     const Table<int64_t> places("index", index, B, N);
     const Groups groups(B, N, M, [&](int64_t image, int64_t* place) {
         for (int64_t i = 0; i < N; ++i)
@@ -331,8 +343,6 @@ std::tuple<Tensor, Tensor> merge_bwd(const Tensor& grad_y, const std::optional<T
         Saved<In> saved;
         if (x)
             saved.x.emplace("x", *x);
-        if (y)
-            saved.y.emplace("y", *y);
         if (weight)
             saved.weight = {"weight", *weight, B, N};
         if (total)

@@ -275,10 +275,10 @@ _MATCH_FWD = (
 _MERGE_FWD = (
     "(Tensor x, Tensor? weight, Tensor kept, Tensor source, Tensor target, bool mean, bool largest) -> (Tensor y, Tensor total)"
 )
-# grad_y [B, N - r, C] in x's dtype. weight and total are needed for a mean, x and y for `largest` and need_weight, grad_total for
+# grad_y [B, N - r, C] in x's dtype. weight and total are needed for a mean, x for `largest` and need_weight, grad_total for
 # need_weight. What is not needed comes back empty, [0, N, C] and [0, N]. With index alone, not mean, this is unmerge.
 _MERGE_BWD = (
-    "(Tensor grad_y, Tensor? grad_total, Tensor index, Tensor? weight, Tensor? total, Tensor? x, Tensor? y, "
+    "(Tensor grad_y, Tensor? grad_total, Tensor index, Tensor? weight, Tensor? total, Tensor? x, "
     "bool mean, bool largest, bool need_x, bool need_weight) -> (Tensor dx, Tensor dweight)"
 )
 for _suffix in ("", "_triton"):
@@ -302,7 +302,7 @@ def _(x: Tensor, weight, kept: Tensor, source, target, mean, largest):
 
 @torch.library.register_fake("vlpfast::merge_bwd")
 @torch.library.register_fake("vlpfast::merge_bwd_triton")
-def _(grad_y: Tensor, grad_total, index: Tensor, weight, total, x, y, mean, largest, need_x, need_weight):
+def _(grad_y: Tensor, grad_total, index: Tensor, weight, total, x, mean, largest, need_x, need_weight):
     batch, n = index.shape
     return (
         grad_y.new_empty((batch if need_x else 0, n, grad_y.shape[2])),

@@ -25,7 +25,7 @@ from vlpfast.ops.contrastive import (
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
 from vlpfast.ops.maxsim import maxsim
-from vlpfast.ops.tokens import random_mask, restore, select, selection
+from vlpfast.ops.tokens import bipartite_match, matching, merge, merging, random_mask, restore, select, selection, unmerge
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -184,3 +184,23 @@ def _random_mask(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Ten
 
 
 _CASES |= {"select": (_select, selection.KERNELS), "random_mask": (_random_mask, selection.KERNELS)}
+
+
+# --- merging of tokens ------------------------------------------------------------------------------------------------
+
+
+def _bipartite_match(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    """What each token is merged into, and with whom: other places, other numbers."""
+    metric = torch.cat([x, y])[None]
+    index = bipartite_match(metric, len(x) // 2, protect=2).index
+    return (scale * index.to(scale.dtype),)
+
+
+def _merge(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A mean in the accumulating dtype, in which nothing is rounded; what is largest, and unmerging, in the features' own."""
+    match = matching.kth_match(y.detach().double()[None], 3)
+    mean, size = merge(y.to(bias.dtype)[None], match, bias.exp()[None], mode="weighted")
+    return mean, size, unmerge(merge(y[None], match, mode="max")[0], match)
+
+
+_CASES |= {"bipartite_match": (_bipartite_match, matching.KERNELS), "merge": (_merge, merging.KERNELS)}

@@ -11,8 +11,8 @@ from torch import Tensor
 class Merge(torch.autograd.Function):
     """Arguments and results of merge_fwd or merge_fwd_triton (vlpfast/ops/_schemas.py).
 
-    keep: whether the gradient needs x and y: that of the weights, and that of the largest. There is no jvp (Dynamo refuses a
-    Function that has one), so forward-mode differentiation ends in torch's error.
+    keep: whether the gradient needs x: that of the weights, and that of the largest. There is no jvp (Dynamo refuses a Function
+    that has one), so forward-mode differentiation ends in torch's error.
     """
 
     @staticmethod
@@ -22,8 +22,8 @@ class Merge(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.backend, x, weight, index, *_, ctx.mean, ctx.largest, keep = inputs
-        y, total = output
-        ctx.save_for_backward(index, weight, total if ctx.mean else None, *((x, y) if keep else (None, None)))
+        total = output[1]
+        ctx.save_for_backward(index, weight, total if ctx.mean else None, x if keep else None)
         if weight is None:
             ctx.mark_non_differentiable(total)
 
@@ -41,13 +41,13 @@ class Merge(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """merge_bwd or merge_bwd_triton as a step of its own in the graph: a second derivative meets an error, never a silent zero."""
+    """merge_bwd or merge_bwd_triton as a step of its own: a second derivative meets an error, never a silent zero."""
 
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(backend, grad_y, grad_total, index, weight, total, x, y, mean, largest, need_x, need_weight):
-        return _operator("merge_bwd", backend)(grad_y, grad_total, index, weight, total, x, y, mean, largest, need_x, need_weight)
+    def forward(backend, grad_y, grad_total, index, weight, total, x, mean, largest, need_x, need_weight):
+        return _operator("merge_bwd", backend)(grad_y, grad_total, index, weight, total, x, mean, largest, need_x, need_weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -63,7 +63,7 @@ class Unmerge(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, y, index, kept, source, target):
-        return _operator("merge_bwd", backend)(y, None, index, None, None, None, None, False, False, True, False)[0]
+        return _operator("merge_bwd", backend)(y, None, index, None, None, None, False, False, True, False)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

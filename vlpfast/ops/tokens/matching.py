@@ -56,8 +56,8 @@ def bipartite_match(
     Returns:
         Match of int64 tensors on metric's device, whose shapes depend on N and r alone.
 
-    Similarities are -1 to 1, and 0 beside a zero vector. One that is NaN is never the largest; a token of A that has no other goes
-    to the lowest place of B, and merges after all that have one (VLPFAST_DEBUG=1 names numbers that are not finite).
+    Similarities are -1 to 1, and 0 beside a zero vector. One that is NaN is never the largest; a token of A that has no other
+    goes to the lowest place of B, and merges after all that have one (VLPFAST_DEBUG=1 names numbers that are not finite).
 
     Padding (mask False): real tokens merge with real ones alone, and r counts these. Where an image has too few of them, padding
     tokens of A merge, the lowest places first, into the first padding token of B. Only where that too is not enough (B has real
@@ -156,7 +156,7 @@ def _match(metric, a, b, every, protect, r, order, mask) -> Match:
     if r == 0:
         n = metric.shape[1]
         index = torch.arange(n, device=metric.device).expand(metric.shape[0], n)
-        return Match(index, index, index[:, :0], index[:, :0])
+        return Match(index, index.view_as(index), index[:, :0], index[:, :0])  # Dynamo refuses one tensor twice in a Function
     metric = metric.detach()
     if backends.choose("match", KERNELS, metric.device, metric.dtype) == "reference":
         if a is None:

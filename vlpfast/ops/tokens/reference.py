@@ -29,7 +29,7 @@ def match(
     batch, n, _ = metric.shape
     device = metric.device
     may = torch.arange(n, device=device) >= protect  # [N] be merged at all
-    real = torch.ones_like(metric[..., 0], dtype=torch.bool) if mask is None else mask
+    real = metric.new_ones((batch, n), dtype=torch.bool) if mask is None else mask
     with torch.autocast(device.type, enabled=False):
         unit = unit_tokens(metric.to(accumulate_dtype(metric.dtype)))
         similarity = unit[:, a] @ unit[:, b].mT  # [B, Na, Nb]
@@ -82,7 +82,7 @@ def merge(
     """
     batch, n, width = x.shape
     wide = x.to(accumulate_dtype(x.dtype))
-    weight = torch.ones_like(wide[..., :1]).squeeze(-1) if weight is None else weight.to(wide.dtype)
+    weight = wide.new_ones(batch, n) if weight is None else weight.to(wide.dtype)
     total = weight.new_zeros(batch, count).scatter_add(1, index, weight)
     to = index[..., None].expand(x.shape)
     if largest:
