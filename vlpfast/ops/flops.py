@@ -116,9 +116,13 @@ def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *ar
 # --- tokens: selection and masking ------------------------------------------------------------------------------------
 
 
-@register_flop_formula([torch.ops.vlpfast.gather_rows, torch.ops.vlpfast.gather_rows_triton])
-@register_flop_formula([torch.ops.vlpfast.filled_rows_sum, torch.ops.vlpfast.filled_rows_sum_triton])
-@register_flop_formula([torch.ops.vlpfast.random_keep, torch.ops.vlpfast.random_keep_triton])
+@register_flop_formula(
+    [
+        torch.ops.vlpfast.gather_rows, torch.ops.vlpfast.gather_rows_triton,
+        torch.ops.vlpfast.filled_rows_sum, torch.ops.vlpfast.filled_rows_sum_triton,
+        torch.ops.vlpfast.random_keep, torch.ops.vlpfast.random_keep_triton,
+    ]
+)  # fmt: skip
 def _(*args, out_shape=None, **kwargs) -> int:
     """Copies and additions: no products."""
     return 0
