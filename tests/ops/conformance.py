@@ -482,7 +482,7 @@ SELECT_CASES: dict[str, Callable[[], Arguments]] = {
     "fuse, normalised": lambda: images(3, 41, 33, k=13, rest="fuse", normalize=True, protect=1),
     "fuse, masks": lambda: images(6, 41, 16, k=13, rest="fuse", mask=mask(6, 41)),
     "fuse, masks, normalised": lambda: images(6, 41, 15, k=13, rest="fuse", mask=mask(6, 41), normalize=True, protect=3),
-    "protected alone": lambda: images(3, 41, 7, k=0, rest="fuse", protect=1),
+    "protected alone": lambda: images(3, 41, 7, k=0, rest="fuse", protect=20),
     "all": lambda: images(3, 41, 7, k=38, rest="fuse", protect=3),
     "all protected": lambda: images(3, 41, 7, k=0, rest="fuse", protect=41),
     "strided": lambda: strided_images(4, 37, 6, k=11, rest="fuse", protect=1),

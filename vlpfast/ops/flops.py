@@ -124,9 +124,13 @@ def _(metric_shape, a_shape, b_shape, every, *args, out_shape=None, **kwargs) ->
 # --- tokens: selection and masking ------------------------------------------------------------------------------------
 
 
-@register_flop_formula([torch.ops.vlpfast.gather_rows, torch.ops.vlpfast.gather_rows_triton])
-@register_flop_formula([torch.ops.vlpfast.filled_rows_sum, torch.ops.vlpfast.filled_rows_sum_triton])
-@register_flop_formula([torch.ops.vlpfast.random_keep, torch.ops.vlpfast.random_keep_triton])
+@register_flop_formula(
+    [
+        torch.ops.vlpfast.gather_rows, torch.ops.vlpfast.gather_rows_triton,
+        torch.ops.vlpfast.filled_rows_sum, torch.ops.vlpfast.filled_rows_sum_triton,
+        torch.ops.vlpfast.random_keep, torch.ops.vlpfast.random_keep_triton,
+    ]
+)  # fmt: skip
 def _(*args, out_shape=None, **kwargs) -> int:
     """Copies and additions: no products."""
     return 0
