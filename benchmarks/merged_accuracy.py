@@ -67,7 +67,7 @@ def main() -> None:
         found = rows[-1]["metrics"]
         shown = "  ".join(f"{name} {100 * found[name]:5.1f} %" for name in SHOWN if name in found)
         faster = rows[0]["operations"] / rows[-1]["operations"]
-        print(f"{rows[-1]['schedule']:32} {rows[-1]['tokens'][-1]:4} tokens  {faster:5.2f} promised  {shown}", flush=True)
+        print(f"{rows[-1]['schedule']:32} {rows[-1]['tokens'][-1]:4} tokens  {faster:5.2f}x promised  {shown}", flush=True)
     about = environment()
     config = assemble.load_config(args.run_dir / "config.yaml")
     machine = f"{about['cpu']} {about['cores']} cores" + "".join(f", {gpu}" for gpu in about["gpus"])
