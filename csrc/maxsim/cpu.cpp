@@ -12,32 +12,13 @@
 #include "common/simd.h"
 #include "maxsim/sweep.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <string_view>
 #include <tuple>
 
 namespace vlpfast::maxsim {
 namespace {
 
 constexpr int64_t kWinnerBytes = 16 << 20; // of winners that the backward finds again at once
-
-// The widest kernel of this processor, at most what the variable names by which torch chooses its own.
-template <class T> const Kernel<T>& kernel_here() {
-    if constexpr (std::is_same_v<T, float>) {
-        static const Kernel<float>* const found = [] {
-            const char* const variable = std::getenv("ATEN_CPU_CAPABILITY");
-            const std::string_view limit = variable ? variable : "";
-            const Kernel<float>* widest = limit == "default" || limit == "avx2" ? nullptr : avx512_kernel();
-            if (!widest && limit != "default")
-                widest = avx2_kernel();
-            return widest ? widest : portable_kernel<float>();
-        }();
-        return *found;
-    } else {
-        return *portable_kernel<T>();
-    }
-}
 
 Tensor make_winners(int64_t rows, int64_t width, int64_t longest) {
     const Tensor out = empty({rows, width}, index_type(longest));

@@ -30,4 +30,8 @@ const Kernel<float>* avx512_kernel();
 const Kernel<float>* avx2_kernel();
 template <class T> const Kernel<T>* portable_kernel();
 
+// The widest of this processor, at most what the variable names by which torch chooses its own. Late interaction and
+// the matching of tokens (csrc/tokens) take it.
+template <class T> const Kernel<T>& kernel_here();
+
 } // namespace vlpfast::maxsim

@@ -101,6 +101,18 @@ def test_other_shards_with_classes(made: Path, run_dir: Path, capsys: pytest.Cap
     assert "other003" in report and 'id="zero-shot"' in report and "4 classes, 14 pictures" in report.replace("\u00a0", " ")
 
 
+def test_with_token_merging_switched_on(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = evaluate(capsys, run_dir, "--no-report")[0]
+    seen = []
+    for override in ("model.vision.merge.r=0", "model.vision.merge.r=28", "model.vision.merge.per_layer=[28]"):
+        seen.append(evaluate(capsys, run_dir, override, "--no-report")[0])
+    assert seen[0] == plain and seen[1] == seen[2] and seen[1].keys() == plain.keys()
+    with pytest.raises(UserError, match=r"unknown key 'model\.vision\.merge\.rr'; did you mean 'model\.vision\.merge\.r'"):
+        main([str(run_dir), "model.vision.merge.rr=8"])
+    with pytest.raises(UserError, match=r"merge\.per_layer: expected a number for each of the 1 blocks, got \[3, 3\]"):
+        main([str(run_dir), "model.vision.merge.per_layer=[3,3]"])
+
+
 def test_training_shards_are_not_needed(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(made, tmp_path / "moved")
     run_dir = tmp_path / "moved" / "run"

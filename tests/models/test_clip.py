@@ -10,6 +10,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from vlpfast.models.clip import CLIP
 from vlpfast.models.clip_convert import from_transformers
+from vlpfast.nn.reduction import MergeConfig
 from vlpfast.nn.text import TextConfig
 from vlpfast.nn.vit import ViTConfig
 from vlpfast.types import DataSpec, ImageSpec, Progress, TextSpec, UserError
@@ -160,6 +161,17 @@ def test_patch_dropout_is_for_training_alone() -> None:
     image = batch_of(SMALL, [5, 12])["image"]
     assert torch.equal(dropping.eval().encode_image(image), plain.encode_image(image))
     assert not torch.allclose(dropping.train().encode_image(image), plain.encode_image(image))
+
+
+def test_merging_weighs_the_mean_by_size() -> None:
+    config = replace(SMALL, vision=replace(SMALL.vision, pool="mean", merge=MergeConfig(r=2)))
+    model = make(config)
+    image = batch_of(SMALL, [5, 12])["image"]
+    tokens, size = model.vision(image, need_size=True)
+    assert tokens.shape == (2, 5, 32) and (size.sum(1) == 9).all() and size.max() > 1
+    mean = (tokens * size[..., None]).sum(1) / 9
+    expected = F.normalize(model.image_projection(model.vision.norm_post(mean)), dim=-1)
+    torch.testing.assert_close(model.encode_image(image), expected)
 
 
 def test_config_without_a_modality() -> None:

@@ -29,8 +29,8 @@ class CLIP(nn.Module):
 
     Departures from OpenAI's code: the vision tower's blocks start by the rule of their text tower (theirs start from torch's
     defaults) and all biases at 0; the end token is found by its id, not as the largest id of the row. patch_dropout,
-    pool="mean" and the convolutional stem are additions, off by default. The paper's only augmentation is a random square crop of
-    the resized picture; here it is a crop of 90 to 100 % of its area (data.image.scale).
+    pool="mean", the convolutional stem, merge and select are additions, off by default. The paper's only augmentation is a random
+    square crop of the resized picture; here it is a crop of 90 to 100 % of its area (data.image.scale).
     """
 
     @dataclass
@@ -84,7 +84,8 @@ class CLIP(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B, 3, S, S] -> [B, embed_dim] float32 of unit length."""
-        features = self.image_projection(self.vision.pool(self.vision(image)))
+        tokens, size = self.vision(image, need_size=True)
+        features = self.image_projection(self.vision.pool(tokens, size))
         return F.normalize(features.float(), dim=-1)
 
     def encode_text(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Literal
 
@@ -22,17 +23,24 @@ def attention(
     v: Tensor,  # [B, H, Lk, Dh]
     *,
     mask: Tensor | Literal["causal"] | None = None,
+    key_bias: Tensor | None = None,  # [B, Lk]
     cu_seqlens: Tensor | None = None,  # [S + 1]
     max_seqlen: int | None = None,
     need_weights: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(Dh) + mask) v, [B, H, Lq, Dh] in the dtype of q.
+    """softmax(q k^T / sqrt(Dh) + mask + key_bias) v, [B, H, Lq, Dh] in the dtype of q.
 
     Args:
         q, k, v: one floating dtype, any strides with a dense last dimension. Self- or cross-attention.
         mask: "causal" (query i sees keys 0 .. i; Lq = Lk), a bool tensor (True = seen) or a float tensor (added to the scores),
             either broadcastable to [B, H, Lq, Lk]. Every query must see at least one key.
+        key_bias: floating, added to all scores of a key; -inf hides it. The log of the number of tokens that a merged one stands
+            for makes attention proportional (ToMe, Bolya et al. 2023). Kernels without a mask (flash-attn, xformers, on CUDA
+            torch's in half precision) get it as channels of k that meet ones in q: rounded and remainder, together right to
+            2^-16 of it in bfloat16 and 2^-22 in float16 (of a bias from 0.1 on), then zeros up to a multiple of 8. Elsewhere it
+            is a mask [B, 1, 1, Lk] in float32 (float64 for float64): at no cost in torch's CPU kernel, unless the bias needs a
+            gradient, for which the weights are kept.
         cu_seqlens: int32, on q's device. S sequences of different lengths lie one after another in one row (B = 1, Lq = Lk) and
             each sees itself alone: sequence s is positions cu_seqlens[s] .. cu_seqlens[s + 1] - 1, the last entry is Lq. mask may
             be "causal".
@@ -46,18 +54,44 @@ def attention(
         UserError: a backend that is forced but not installed, or does not fit these tensors; it says why.
         ValueError, TypeError: a wrong argument, named.
     """
-    _check(q, k, v, mask, cu_seqlens, backend)
-    causal = isinstance(mask, str)
+    _check(q, k, v, mask, key_bias, cu_seqlens, backend)
+    if key_bias is not None:
+        device = q.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast:
+            q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
+        half_on_gpu = device == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
+        if not need_weights and (half_on_gpu or backend in ("flash_attn", "xformers")):
+            folded = _fold(q, k, v, key_bias)
+            return _dispatch(*folded, mask, cu_seqlens, max_seqlen, backend, q.shape[-1] ** -0.5)[..., : q.shape[-1]]
+        mask, cu_seqlens = _add_key_bias(q, mask, key_bias, cu_seqlens), None
+        if not need_weights:
+            with torch.autocast(device, enabled=False) if autocast else nullcontext():  # it would round the bias as it does q
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     if need_weights:
-        return _explicit(q, k, v, _dense_mask(q, causal, cu_seqlens) if causal or cu_seqlens is not None else mask)
+        return _explicit(q, k, v, _dense_mask(q, mask, cu_seqlens))
+    return _dispatch(q, k, v, mask, cu_seqlens, max_seqlen, backend, None)
+
+
+def _dispatch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | str | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    backend: Backend,
+    scale: float | None,  # None: 1 / sqrt(Dh)
+) -> Tensor:
+    causal = isinstance(mask, str)
     chosen = choose_backend(q.device, q.dtype, q.shape[-1], mask, cu_seqlens is not None, backend)
     if chosen == "flash_attn":
-        return _flash_attn(q, k, v, causal, cu_seqlens, max_seqlen)
+        return _flash_attn(q, k, v, causal, cu_seqlens, max_seqlen, scale)
     if chosen == "xformers":
-        return _xformers(q, k, v, causal)
+        return _xformers(q, k, v, causal, scale)
     if cu_seqlens is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_dense_mask(q, causal, cu_seqlens))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_dense_mask(q, mask, cu_seqlens), scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal, scale=scale)
 
 
 def choose_backend(
@@ -101,7 +135,15 @@ def _unfit(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, m
     return ""
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, cu_seqlens: Tensor | None, backend: str) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | str | None,
+    key_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> None:
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or v.shape != k.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
         raise ValueError(f"q, k, v: expected [B, H, Lq, Dh] and twice [B, H, Lk, Dh], got {shapes}")
@@ -113,6 +155,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, cu_seqlen
             raise ValueError(f"mask: expected None, 'causal' or a tensor, got {mask!r}")
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"mask: 'causal' expects as many queries as keys, got {q.shape[2]} and {k.shape[2]}")
+    if key_bias is not None:
+        if not isinstance(key_bias, Tensor) or not key_bias.is_floating_point():
+            raise TypeError(f"key_bias: expected a float tensor, got {getattr(key_bias, 'dtype', type(key_bias).__name__)}")
+        if key_bias.shape != (k.shape[0], k.shape[2]):
+            raise ValueError(f"key_bias: expected [B, Lk] = {(k.shape[0], k.shape[2])}, got {tuple(key_bias.shape)}")
+        if key_bias.device != k.device:
+            raise ValueError(f"key_bias: expected device {k.device} as k has, got {key_bias.device}")
     if cu_seqlens is not None:
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
             raise ValueError(f"cu_seqlens: expected int32 [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
@@ -124,14 +173,38 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, cu_seqlen
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def _dense_mask(q: Tensor, causal: bool, cu_seqlens: Tensor | None) -> Tensor:
-    """[L, L] bool, True = seen, for causal and packed attention."""
+def _dense_mask(q: Tensor, mask: Tensor | str | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """[L, L] bool, True = seen, for causal and packed attention; else the mask itself."""
+    if cu_seqlens is None and not isinstance(mask, str):
+        return mask
     position = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
-    seen = position[:, None] >= position if causal else torch.ones((), dtype=torch.bool, device=q.device)
+    seen = position[:, None] >= position if mask is not None else torch.ones((), dtype=torch.bool, device=q.device)
     if cu_seqlens is not None:
         sequence = torch.bucketize(position, cu_seqlens[1:], right=True)  # [L]
         seen = seen & (sequence[:, None] == sequence)
     return seen
+
+
+def _add_key_bias(q: Tensor, mask: Tensor | str | None, key_bias: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """[B, 1 or H, 1 or Lq, Lk] float32, float64 for float64: the bias in a mask that is added to the scores."""
+    bias = key_bias[:, None, None].to(torch.promote_types(q.dtype, torch.float32))
+    mask = _dense_mask(q, mask, cu_seqlens)
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else (bias + mask).to(bias.dtype)
+
+
+def _fold(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, H, L, Dh + ...], a multiple of 8, so that q k^T / sqrt(Dh) has the bias in it; v is 0 in the new channels."""
+    head_dim = q.shape[-1]
+    channels = -(-(head_dim + 2) // 8) * 8 - head_dim
+    bias = key_bias.to(torch.promote_types(k.dtype, torch.float32)) * head_dim**0.5  # [B, Lk]
+    high = bias.to(k.dtype)
+    remainder = (bias - high).detach()  # the gradient goes through the high part alone
+    low = torch.where(high.isfinite(), remainder, 0).to(k.dtype)  # -inf less -inf would be NaN
+    more = F.pad(torch.stack((high, low), dim=-1), (0, channels - 2))  # [B, Lk, channels]
+    k = torch.cat((k, more[:, None].expand(-1, k.shape[1], -1, -1)), dim=-1)
+    return F.pad(q, (0, channels), value=1.0), k, F.pad(v, (0, channels))
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -142,12 +215,15 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Ten
     return weights @ v, weights
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+def _flash_attn(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float | None
+) -> Tensor:
     """flash-attn 2: heads after positions, packed sequences without the batch dimension."""
     if cu_seqlens is None:
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal).transpose(1, 2)
+        out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale, causal=causal)
+        return out.transpose(1, 2)
     from flash_attn import flash_attn_varlen_func
 
     q, k, v = (t[0].transpose(0, 1) for t in (q, k, v))  # [L, H, Dh]
@@ -160,16 +236,17 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tenso
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_k=longest,
+        softmax_scale=scale,
         causal=causal,
     )
     return out.transpose(0, 1)[None]
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
-    bias = LowerTriangularMask() if causal else None
-    return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_bias=bias).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None, scale=scale).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -200,11 +277,14 @@ class Attention(nn.Module):
         context: Tensor | None = None,  # [B, Lc, context_width]
         *,
         mask: Tensor | Literal["causal"] | None = None,
+        key_bias: Tensor | None = None,  # [B, L or Lc]
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         need_weights: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """-> [B, L, width], with need_weights also the weights [B, heads, L, L or Lc]."""
+        need_qk: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """-> [B, L, width]; behind it with need_weights the weights [B, heads, L, L or Lc], with need_qk the queries and keys
+        [B, heads, L or Lc, Dh]."""
         if (context is not None) != self.takes_context:
             raise ValueError(f"context: {'expected one, got None' if self.takes_context else 'this layer attends to x alone'}")
         if context is None:
@@ -218,11 +298,14 @@ class Attention(nn.Module):
             k,
             v,
             mask=mask,
+            key_bias=key_bias,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             need_weights=need_weights,
             backend=self.backend,
         )
-        out, *weights = out if need_weights else (out,)
+        out, *more = out if need_weights else (out,)
         out = self.out_proj(out.transpose(1, 2).flatten(2))
-        return (out, *weights) if need_weights else out
+        if need_qk:
+            more += (q, k)
+        return (out, *more) if more else out

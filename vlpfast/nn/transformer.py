@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,17 +52,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | Literal["causal"] | None = None) -> Tensor:
         """[B, L, width] -> the same."""
-        x = x + self.attn(self.norm1(x), mask=mask)
+        return self.feed_forward(x + self.attn(self.norm1(x), mask=mask))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """The second half: x + mlp(norm(x))."""
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
 class Transformer(nn.Module):
     """`layers` blocks of one mask, with CLIP's initialisation: the deeper the stack, the less each block adds at first."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, blocks: Iterable[Block] | None = None) -> None:
+        """blocks: in place of Block(config)."""
         super().__init__()
         self.checkpointing = config.checkpointing
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(blocks or (Block(config) for _ in range(config.layers)))
         residual_std = (2 * config.width * config.layers) ** -0.5
         for block in self.blocks:
             nn.init.normal_(block.attn.in_proj.weight, std=config.width**-0.5)
@@ -74,8 +79,11 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | Literal["causal"] | None = None) -> Tensor:
         """[B, L, width] -> the same."""
         for block in self.blocks:
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False, preserve_rng_state=False)  # no randomness in a block
-            else:
-                x = block(x, mask)
+            x = self.run(block, x, mask)
         return x
+
+    def run(self, block: Block, *inputs: Any) -> Any:
+        """block(*inputs), checkpointed where it is wanted."""
+        if self.checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # no randomness in a block
+        return block(*inputs)

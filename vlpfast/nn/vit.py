@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlpfast.nn.reduction import MergeConfig, ReducingTransformer, SelectConfig, has_schedule
 from vlpfast.nn.transformer import Transformer, TransformerConfig
 from vlpfast.types import UserError
 
@@ -27,6 +28,8 @@ class ViTConfig(TransformerConfig):
     # follows: together they make the patches, so patch_size is 2 ** (len(stem) + 1). Learns faster from few pictures.
     stem: list[int] = field(default_factory=list)
     patch_dropout: float = 0.0  # share of the patches left out in training, anew for each picture (FLIP, Li et al. 2023)
+    merge: MergeConfig = field(default_factory=MergeConfig)  # fewer tokens from block to block, in training and after it;
+    select: SelectConfig = field(default_factory=SelectConfig)  # one of the two
 
 
 class PatchEmbed(nn.Linear):
@@ -88,14 +91,35 @@ class ViT(nn.Module):
         prefix = 0 if self.class_token is None else 1
         self.position = nn.Parameter(width**-0.5 * torch.randn(prefix + self.grid**2, width))  # class token, then row by row
         self.norm_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(config)
+        self.reduces = has_schedule(config.layers, config.merge, config.select)
+        self.merges = self.reduces and not config.select.layers
+        if self.reduces:
+            self.transformer = ReducingTransformer(config, config.merge, config.select, protect=prefix)
+        else:
+            self.transformer = Transformer(config)
         self.norm_post = nn.LayerNorm(width)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, *, need_size: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         """image [B, 3, image_size, image_size] -> tokens [B, T, width], the class token first where there is one; see `pool`.
 
-        T counts the patches that were kept: all but in training with patch dropout, which draws from torch's default generator.
+        need_size returns (tokens, size [B, T]): how many patches each token stands for where they merge, else None.
+        T counts the patches that were kept: all but in training with patch dropout, which draws from torch's default generator,
+        and what merging or selection leaves of them.
         """
+        x, _ = self._embed(image)
+        tokens, size = self.transformer(x)[:2] if self.reduces else (self.transformer(x), None)
+        return (tokens, size) if need_size else tokens
+
+    def merged_patches(self, image: Tensor) -> Tensor:
+        """image as for forward -> [B, grid^2] int64: the place among the tokens at which each patch has ended; -1: left out."""
+        if not self.reduces:
+            raise ValueError("merged_patches: expected a vision transformer that merges or selects, got one without")
+        x, kept = self._embed(image)
+        place = self.transformer(x, trace=True).place[:, 0 if self.class_token is None else 1 :]  # [B, T]
+        return place if kept is None else place.new_full((place.shape[0], self.grid**2), -1).scatter(1, kept, place)
+
+    def _embed(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """-> what enters the blocks [B, T, width], and the patches that were kept [B, T]; None: all, in order."""
         if image.ndim != 4 or image.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"image: expected [B, 3, {self.image_size}, {self.image_size}], got {tuple(image.shape)}")
         batch = image.shape[0]
@@ -108,11 +132,17 @@ class ViT(nn.Module):
         if self.class_token is not None:
             first = (self.class_token + self.position[0]).expand(batch, 1, -1)
             x = torch.cat((first, x), dim=1)
-        return self.transformer(self.norm_pre(x))
+        return self.norm_pre(x), kept
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        """tokens [B, T, width] -> [B, width], normalised."""
-        return self.norm_post(tokens.mean(1) if self.class_token is None else tokens[:, 0])
+    def pool(self, tokens: Tensor, size: Tensor | None = None) -> Tensor:
+        """tokens [B, T, width], size [B, T] as forward gives it -> [B, width], normalised. The mean is one over patches."""
+        if self.class_token is not None:
+            return self.norm_post(tokens[:, 0])
+        if size is None:
+            if self.merges:
+                raise ValueError("size: expected [B, T] as forward(need_size=True) gives it, because tokens merge, got None")
+            return self.norm_post(tokens.mean(1))
+        return self.norm_post((tokens * (size / size.sum(1, keepdim=True))[..., None]).sum(1))
 
 
 def resize_positions(table: Tensor, grid: int, prefix: int) -> Tensor:

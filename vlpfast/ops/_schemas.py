@@ -329,3 +329,118 @@ torch.library.define(
 @torch.library.register_fake("vlpfast::maxsim_int8")
 def _(x: Tensor, y, y_scale, x_start, y_start, x_keep, y_keep, x_longest, y_longest, mean, unit):
     return x.new_empty((x_start.shape[0] - 1, y_start.shape[0] - 1), dtype=accumulate_dtype(x.dtype))
+
+
+# --- merging of tokens ------------------------------------------------------------------------------------------------
+
+# Which of the tokens of metric [B, N, C] merge (vlpfast/ops/tokens/matching.py): set B has the places every - 1, 2 * every - 1,
+# ..., set A the others; or with index tensors, each ascending, those of a [Na] and b [Nb]. Places below `protect` take no part.
+# r, at least 1, is at most the number of places in A from `protect` on; B has such a place too. mask [B, N]: True is real.
+# index [B, N], kept [B, N - r], source [B, r], target [B, r], all int64 (Match).
+_MATCH_FWD = (
+    "(Tensor metric, Tensor? a, Tensor? b, SymInt every, SymInt protect, SymInt r, bool by_score, Tensor? mask) "
+    "-> (Tensor index, Tensor kept, Tensor source, Tensor target)"
+)
+# x [B, N, C]: place i of y [B, N - r, C] has the token kept[i] and those of source whose target is i; their sum, or their mean
+# under weight [B, N] (in the accumulating dtype; None: 1 each), or of each channel the largest. total [B, N - r]: the sums of
+# weight.
+_MERGE_FWD = (
+    "(Tensor x, Tensor? weight, Tensor kept, Tensor source, Tensor target, bool mean, bool largest) -> (Tensor y, Tensor total)"
+)
+# grad_y [B, N - r, C] in x's dtype. weight and total are needed for a mean, x for `largest` and need_weight, grad_total for
+# need_weight. What is not needed comes back empty, [0, N, C] and [0, N]. With index alone, not mean, this is unmerge.
+_MERGE_BWD = (
+    "(Tensor grad_y, Tensor? grad_total, Tensor index, Tensor? weight, Tensor? total, Tensor? x, "
+    "bool mean, bool largest, bool need_x, bool need_weight) -> (Tensor dx, Tensor dweight)"
+)
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::match_fwd{_suffix}", _MATCH_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::merge_fwd{_suffix}", _MERGE_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::merge_bwd{_suffix}", _MERGE_BWD, tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("vlpfast::match_fwd")
+@torch.library.register_fake("vlpfast::match_fwd_triton")
+def _(metric: Tensor, a, b, every, protect, r, by_score, mask):
+    batch, n, _ = metric.shape
+    return tuple(metric.new_empty((batch, length), dtype=torch.int64) for length in (n, n - r, r, r))
+
+
+@torch.library.register_fake("vlpfast::merge_fwd")
+@torch.library.register_fake("vlpfast::merge_fwd_triton")
+def _(x: Tensor, weight, kept: Tensor, source, target, mean, largest):
+    return x.new_empty((*kept.shape, x.shape[2])), x.new_empty(kept.shape, dtype=accumulate_dtype(x.dtype))
+
+
+@torch.library.register_fake("vlpfast::merge_bwd")
+@torch.library.register_fake("vlpfast::merge_bwd_triton")
+def _(grad_y: Tensor, grad_total, index: Tensor, weight, total, x, mean, largest, need_x, need_weight):
+    batch, n = index.shape
+    return (
+        grad_y.new_empty((batch if need_x else 0, n, grad_y.shape[2])),
+        grad_y.new_empty((batch if need_weight else 0, n), dtype=accumulate_dtype(grad_y.dtype)),
+    )
+
+
+# --- tokens: selection and masking ------------------------------------------------------------------------------------
+
+# out [B, K, C]: row j of image b is row indices[b, j] of x[b], x [B, N, C], indices [B, K] int64; where the index is -1 it is
+# `fill` [C] (any floating dtype), zeros without one. Its own gradient, by the inverse permutation: row n of x gets the row of
+# the gradient that was made of it, -1 stands for none.
+_GATHER_ROWS = "(Tensor x, Tensor indices, Tensor? fill) -> Tensor"
+# The sum of the rows of x [B, K, C] whose index is -1, [C] in the accumulating dtype: the gradient of `fill`.
+_FILLED_ROWS_SUM = "(Tensor x, Tensor indices) -> Tensor"
+# seed [] or [B] int64. indices [B, protect + keep] of what stays, the first `protect` tokens before the others; inverse
+# [B, tokens]: the place of every token among these, -1 for none.
+_RANDOM_KEEP = (
+    "(Tensor seed, SymInt batch, SymInt tokens, SymInt keep, SymInt protect, bool shuffled) -> (Tensor indices, Tensor inverse)"
+)
+# x [B, N, C], score [B, N] in any floating dtype, mask [B, N] bool. kept [B, protect + k (+ 1 with fuse), C], indices
+# [B, protect + k] int64.
+_SELECT_FWD = (
+    "(Tensor x, Tensor score, Tensor? mask, SymInt k, SymInt protect, bool by_score, bool fuse, bool normalize) "
+    "-> (Tensor kept, Tensor indices)"
+)
+# x is looked at only for the gradient of score. What is not needed comes back empty.
+_SELECT_BWD = (
+    "(Tensor grad, Tensor? x, Tensor score, Tensor? mask, Tensor indices, bool fuse, bool normalize, "
+    "bool need_x, bool need_score) -> (Tensor dx, Tensor dscore)"
+)
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::gather_rows{_suffix}", _GATHER_ROWS, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::filled_rows_sum{_suffix}", _FILLED_ROWS_SUM, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::random_keep{_suffix}", _RANDOM_KEEP, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::select_fwd{_suffix}", _SELECT_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::select_bwd{_suffix}", _SELECT_BWD, tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("vlpfast::gather_rows")
+@torch.library.register_fake("vlpfast::gather_rows_triton")
+def _(x: Tensor, indices: Tensor, fill):
+    return x.new_empty((*indices.shape, x.shape[2]))
+
+
+@torch.library.register_fake("vlpfast::filled_rows_sum")
+@torch.library.register_fake("vlpfast::filled_rows_sum_triton")
+def _(x: Tensor, indices):
+    return x.new_empty(x.shape[2], dtype=accumulate_dtype(x.dtype))
+
+
+@torch.library.register_fake("vlpfast::random_keep")
+@torch.library.register_fake("vlpfast::random_keep_triton")
+def _(seed: Tensor, batch, tokens, keep, protect, shuffled):
+    return seed.new_empty((batch, protect + keep)), seed.new_empty((batch, tokens))
+
+
+@torch.library.register_fake("vlpfast::select_fwd")
+@torch.library.register_fake("vlpfast::select_fwd_triton")
+def _(x: Tensor, score, mask, k, protect, by_score, fuse, normalize):
+    b, _, c = x.shape
+    return x.new_empty((b, protect + k + fuse, c)), x.new_empty((b, protect + k), dtype=torch.int64)
+
+
+@torch.library.register_fake("vlpfast::select_bwd")
+@torch.library.register_fake("vlpfast::select_bwd_triton")
+def _(grad: Tensor, x, score: Tensor, mask, indices, fuse, normalize, need_x, need_score):
+    b, n = score.shape
+    return grad.new_empty((b if need_x else 0, n, grad.shape[2])), score.new_empty((b if need_score else 0, n))

@@ -137,3 +137,39 @@ def _(grad_shape, winners_shape, *args, out_shape=None, **kwargs) -> int:
 @register_flop_formula(torch.ops.vlpfast.maxsim_int8)
 def _(x_shape, y_shape, *args, out_shape=None, **kwargs) -> int:
     return _product(x_shape, y_shape)
+
+
+@register_flop_formula([torch.ops.vlpfast.match_fwd, torch.ops.vlpfast.match_fwd_triton])
+def _(metric_shape, a_shape, b_shape, every, *args, out_shape=None, **kwargs) -> int:
+    """The similarities. Merging itself makes no products."""
+    batch, n, width = metric_shape
+    in_b = n // every if b_shape is None else b_shape[0]
+    return 2 * batch * (n - in_b) * in_b * width
+
+
+# --- tokens: selection and masking ------------------------------------------------------------------------------------
+
+
+@register_flop_formula(
+    [
+        torch.ops.vlpfast.gather_rows, torch.ops.vlpfast.gather_rows_triton,
+        torch.ops.vlpfast.filled_rows_sum, torch.ops.vlpfast.filled_rows_sum_triton,
+        torch.ops.vlpfast.random_keep, torch.ops.vlpfast.random_keep_triton,
+    ]
+)  # fmt: skip
+def _(*args, out_shape=None, **kwargs) -> int:
+    """Copies and additions: no products."""
+    return 0
+
+
+@register_flop_formula([torch.ops.vlpfast.select_fwd, torch.ops.vlpfast.select_fwd_triton])
+def _(x_shape, score_shape, mask_shape, k, protect, by_score, fuse, *args, out_shape=None, **kwargs) -> int:
+    b, n, c = x_shape
+    return 2 * b * (n - protect - k) * c * fuse
+
+
+@register_flop_formula([torch.ops.vlpfast.select_bwd, torch.ops.vlpfast.select_bwd_triton])
+def _(grad_shape, x_shape, score_shape, mask_shape, indices_shape, fuse, normalize, need_x, need_score, *args,
+      out_shape=None, **kwargs) -> int:  # fmt: skip
+    """For each fused token its share of the gradient, and a product with it."""
+    return score_shape[0] * (score_shape[1] - indices_shape[1]) * grad_shape[2] * fuse * (need_x + 2 * need_score)

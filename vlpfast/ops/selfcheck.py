@@ -28,6 +28,7 @@ from vlpfast.ops.maxsim import maxsim, maxsim_int8, quantize_tokens
 from vlpfast.ops.temporal import channel_shift, pool_tokens, token_roll
 from vlpfast.ops.temporal.pool import KERNELS as POOL_KERNELS
 from vlpfast.ops.temporal.shift import KERNELS as SHIFT_KERNELS
+from vlpfast.ops.tokens import bipartite_match, matching, merge, merging, random_mask, restore, select, selection, unmerge
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -137,6 +138,33 @@ def _pool_tokens(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Ten
     return pool_tokens(tokens, (3, 1, 2)), pool_tokens(tokens, (None, 3, 2), "max")
 
 
+def _select(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The fused token is so small that its rounding to the tokens' dtype is below the tolerance of float32."""
+    score = bias.abs()[None].expand(2, -1)
+    kept, indices = select(torch.stack([y, y.flip(0)]), score, len(y) // 3, rest="fuse", normalize=True, protect=1)
+    return torch.cat([kept[:, :-1].to(scale.dtype), 1e-3 * kept[:, -1:].to(scale.dtype)], 1), indices.to(scale.dtype)
+
+
+def _random_mask(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    seed = torch.tensor([5, 6], device=x.device)
+    kept, indices, inverse = random_mask(torch.stack([y, y.flip(0)]), 0.75, seed, protect=1, order="random")
+    return kept, indices.to(scale.dtype), restore(kept, inverse, x[0])
+
+
+def _bipartite_match(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor]:
+    """What each token is merged into, and with whom: other places, other numbers."""
+    metric = torch.cat([x, y])[None]
+    index = bipartite_match(metric, len(x) // 2, protect=2).index
+    return (scale * index.to(scale.dtype),)
+
+
+def _merge(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A mean in the accumulating dtype, in which nothing is rounded; what is largest, and unmerging, in the features' own."""
+    match = matching.kth_match(y.detach().double()[None], 3)
+    mean, size = merge(y.to(bias.dtype)[None], match, bias.exp()[None], mode="weighted")
+    return mean, size, unmerge(merge(y[None], match, mode="max")[0], match)
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -149,6 +177,10 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
     "maxsim": (_maxsim, MAXSIM_KERNELS),
     "maxsim_int8": (_maxsim_int8, {"cpp": "cpu"}),
+    "bipartite_match": (_bipartite_match, matching.KERNELS),
+    "merge": (_merge, merging.KERNELS),
+    "select": (_select, selection.KERNELS),
+    "random_mask": (_random_mask, selection.KERNELS),
     "token_roll": (_token_roll, SHIFT_KERNELS),
     "channel_shift": (_channel_shift, SHIFT_KERNELS),
     "pool_tokens": (_pool_tokens, POOL_KERNELS),

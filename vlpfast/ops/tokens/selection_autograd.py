@@ -1,0 +1,104 @@
+"""The gradients of the kernels of selection and masking."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+
+class Select(torch.autograd.Function):
+    """Arguments and results of select_fwd (vlpfast/ops/_schemas.py); score has a gradient with `fuse` alone.
+
+    It has no jvp of its own (Dynamo refuses a Function that has one), so forward-mode differentiation ends in torch's error.
+    """
+
+    @staticmethod
+    def forward(x, score, mask, k, protect, by_score, fuse, normalize):
+        return torch.ops.vlpfast.select_fwd(x, score, mask, k, protect, by_score, fuse, normalize)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, score, mask, *_, ctx.fuse, ctx.normalize = inputs
+        indices = output[1]
+        ctx.mark_non_differentiable(indices)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, score, mask, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple:
+        need_x, need_score = ctx.needs_input_grad[:2]
+        dx, dscore = _SelectGradient.apply(grad, *ctx.saved_tensors, ctx.fuse, ctx.normalize, need_x, need_score)
+        return dx if need_x else None, dscore if need_score else None, *[None] * 6
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
+        raise NotImplementedError(f"select: results under vmap {_BY_REFERENCE}")
+
+
+class _SelectGradient(torch.autograd.Function):
+    """torch.ops.vlpfast.select_bwd as a step of its own in the graph: a second derivative meets an error, never a silent zero.
+
+    `once_differentiable` does not do that: inside torch.func.grad(torch.func.grad(f)) it lets a wrong result through.
+    """
+
+    generate_vmap_rule = True  # torch.func.jacrev
+
+    @staticmethod
+    def forward(grad, x, score, mask, indices, fuse, normalize, need_x, need_score):
+        return torch.ops.vlpfast.select_bwd(grad, x, score, mask, indices, fuse, normalize, need_x, need_score)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(f"select: second derivatives {_BY_REFERENCE}")
+
+
+class GatherRows(torch.autograd.Function):
+    """gather_rows(x, indices, fill); back [B, N] is the inverse of indices. Its gradient is one more of it, in any order."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, indices, fill, back):
+        return torch.ops.vlpfast.gather_rows(x, indices, fill)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _, indices, fill, back = inputs
+        ctx.fill_dtype = None if fill is None else fill.dtype
+        ctx.save_for_backward(indices, back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        indices, back = ctx.saved_tensors
+        need_x, _, need_fill, _ = ctx.needs_input_grad
+        dx = GatherRows.apply(grad, back, None, indices) if need_x else None
+        return dx, None, FilledRowsSum.apply(grad, indices).to(ctx.fill_dtype) if need_fill else None, None
+
+
+class FilledRowsSum(torch.autograd.Function):
+    """filled_rows_sum(x, indices)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, indices):
+        return torch.ops.vlpfast.filled_rows_sum(x, indices)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, indices = inputs
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        (indices,) = ctx.saved_tensors
+        return torch.where((indices < 0)[..., None], grad, 0).to(ctx.dtype), None
+
+
+_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
