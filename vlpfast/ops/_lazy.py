@@ -17,6 +17,7 @@ KERNELS = {
     "pair_softplus_triton": ("contrastive.triton_softplus", "forward"),
     "maxsim_fwd_triton": ("maxsim.triton_kernels", "forward"),
     "maxsim_bwd_triton": ("maxsim.triton_kernels", "backward"),
+    "score_ce_fwd_triton": ("maxsim.triton_score", "forward"),
 }
 
 
