@@ -82,9 +82,10 @@ def score_contrastive_loss(
         loss = (mean_i CE(scale * x_to_y[i, :], target) + mean_j CE(scale * y_to_x[:, j], target)) / 2
 
     Targets are left out of the sums of exponentials and added beside them: with one positive each the loss is exact down to
-    1e-31. With `own` it is one operator, which makes loss and gradients at once; with labels, and where label_smoothing,
-    row_weights or col_weights are to have gradients, it is made of torch's operators on every backend. Of one matrix for both (GLoRIA's) give it twice. The contrast of a Q-Former's queries [M, Q, D] with one text vector
-    [N, D], which takes the best query for each text (BLIP-2, GeoX, mPLUG-video), is
+    1e-31. With `own` loss and gradients are made at once, in two launches on a GPU; with labels, and where label_smoothing,
+    row_weights or col_weights have a gradient, torch's operators make them, on every backend. Of one matrix for both
+    (GLoRIA's) give it twice. The contrast of a Q-Former's queries [M, Q, D] with one text vector [N, D], which takes the best
+    query for each text (BLIP-2, GeoX, mPLUG-video), is
 
         s = maxsim(queries, text[:, None], directions="y_to_x")
         score_contrastive_loss(s, s, scale, label_smoothing=0.1, labels=(image_ids, image_ids))

@@ -4,8 +4,8 @@ Forward: the rows of a tile are tokens of one side in units of at most 128, each
 sets share a tile; a program multiplies them with one set of the other side, block by block, and keeps the largest product and its
 place for each row. If both directions of all pairs are wanted, the largest of each column within each unit come from the same
 products, and those of a set's several units are merged afterwards, in order. One direction alone, or pairs with candidates, are
-made with the wanted side in the rows: for both directions of candidates that is two passes. Sums by unit are added in order: no
-atomics.
+made with the wanted side in the rows: for both directions of candidates that is two passes. A last kernel adds sums by unit in
+order, without atomics, and divides: three launches at most, and one for each mask.
 
 A largest value is found first, then the lowest place that has it. Lengths of packed sets are known on the device alone: the host
 only bounds the number of units. Backward: triton_gradient.py.
@@ -21,7 +21,7 @@ from torch import Tensor
 from vlpfast.ops._schemas import maxsim_index_dtype
 from vlpfast.ops._triton import INTERPRETED, cdiv, dot, launch
 from vlpfast.ops.maxsim.triton_gradient import add_gradients, weights
-from vlpfast.ops.maxsim.triton_sets import ALL, OF_ROWS, OF_SETS, Problem, Side, precision, rows_of_tile, tile
+from vlpfast.ops.maxsim.triton_sets import ALL, OF_ROWS, OF_SETS, Problem, Side, number_kept, precision, rows_of_tile, tile
 
 PARTIAL_BYTES = 256 << 20  # of largest values by unit: the forward takes the sets in the rows in chunks that need no more
 WORKSPACE_BYTES = 256 << 20  # of winners that the backward finds again at once
@@ -146,10 +146,10 @@ def _forward(
 
 
 @triton.jit
-def _units_of(owner, unit_start, BLOCKS):
+def _units_of(owner, unit_start, BLOCKS, there):
     if unit_start is not None:
-        first = tl.load(unit_start + owner)
-        last = tl.load(unit_start + owner + 1)
+        first = tl.load(unit_start + owner, mask=there, other=0)
+        last = tl.load(unit_start + owner + 1, mask=there, other=0)
     else:
         first = owner * BLOCKS
         last = first + BLOCKS
@@ -164,7 +164,7 @@ def _merge(
     """The largest of each column over the units of one set, in order, and their sum over the kept tokens of a set of y."""
     owner = tl.program_id(0) % SETS
     column = tl.program_id(0) // SETS
-    first_unit, last_unit = _units_of(owner, unit_start, BLOCKS)
+    first_unit, last_unit = _units_of(owner, unit_start, BLOCKS, owner < SETS)
     first = tl.load(y_start + column)
     length = (tl.load(y_start + column + 1) - first).to(tl.int32)
     total = tl.zeros((BLOCK_T,), tl.float32)
@@ -193,27 +193,56 @@ def _merge(
 
 
 @triton.jit
-def _add_units(out, row_sums, unit_start, SETS, UNITS, BLOCKS, COLUMNS, BLOCK_C: tl.constexpr):
-    """out [COLUMNS, SETS]: sums by unit, added in order."""
-    owner = tl.program_id(0) % SETS
-    columns = tl.program_id(0) // SETS * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_C,), tl.float32)
-    first, last = _units_of(owner, unit_start, BLOCKS)
-    for unit in range(first, last):
-        total += tl.load(row_sums + columns.to(tl.int64) * UNITS + unit, mask=columns < COLUMNS, other=0.0)
-    tl.store(out + columns.to(tl.int64) * SETS + owner, total, mask=columns < COLUMNS)
+def _finish(
+    row_scores, column_scores, row_sums, column_sums, x_start, y_start, x_kept, y_kept, unit_start,
+    SETS, UNITS, BLOCKS, COLUMNS, CANDIDATES, score_set, score_column,
+    PARTNERS: tl.constexpr, MEAN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Scores from sums: of a set's units, added in order, and of column_sums [COLUMNS, SETS], by the sets' numbers of tokens."""
+    parts = tl.cdiv(COLUMNS, BLOCK_C)
+    owner = tl.program_id(0) // parts * BLOCK_S + tl.arange(0, BLOCK_S)
+    column = tl.program_id(0) % parts * BLOCK_C + tl.arange(0, BLOCK_C)
+    is_set, is_column = owner < SETS, column < COLUMNS
+    inside = is_set[:, None] & is_column[None, :]
+    if PARTNERS == 0:
+        partner = (owner * 0)[:, None] + column[None, :]
+    elif PARTNERS == 1:
+        partner = (owner * CANDIDATES)[:, None] + column[None, :]
+    else:
+        partner = (owner // CANDIDATES)[:, None] + (column * 0)[None, :]
+    of_set = number_kept(x_start, x_kept, owner, is_set)
+    of_partner = number_kept(y_start, y_kept, partner, inside)
+    there = (of_set > 0)[:, None] & (of_partner > 0)
+    first, last = _units_of(owner, unit_start, BLOCKS, is_set)
+    total = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+    for number in range(0, tl.max(last - first, 0)):
+        unit = first + number
+        at = column.to(tl.int64)[None, :] * UNITS + unit[:, None]
+        total += tl.load(row_sums + at, mask=inside & (unit < last)[:, None], other=0.0)
+    at = owner.to(tl.int64)[:, None] * score_set + column.to(tl.int64)[None, :] * score_column
+    if MEAN:
+        total = total / tl.maximum(of_set, 1).to(tl.float32)[:, None]
+    tl.store(row_scores + at, tl.where(there, total, 0.0), mask=inside)
+    if column_scores is not None:
+        total = tl.load(column_sums + column.to(tl.int64)[None, :] * SETS + owner[:, None], mask=inside, other=0.0)
+        if MEAN:
+            total = total / tl.maximum(of_partner, 1).to(tl.float32)
+        tl.store(column_scores + at, tl.where(there, total, 0.0), mask=inside)
 
 
 # --- launching --------------------------------------------------------------------------------------------------------
 
 
 def _pass(
-    rows: Side, others: Side, partners: int, candidates: int, zero: bool,
-    row_winners: Tensor | None, column_winners: Tensor | None, want_columns: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Sums over rows [columns, sets in the rows]; with want_columns (ALL) those over columns, of the same shape.
+    rows: Side, others: Side, partners: int, candidates: int, mean: bool, zero: bool,
+    row_scores: Tensor | None, column_scores: Tensor | None, row_winners: Tensor | None, column_winners: Tensor | None,
+    want_columns: bool,
+) -> None:  # fmt: skip
+    """Writes the scores of the sets in the rows, row_scores [sets, columns] by its strides, and with want_columns (ALL) those of
+    the columns, column_scores likewise.
 
-    row_winners [columns, rows.width] and column_winners [sets in the rows, others.width] are written.
+    row_winners [columns, rows.width] and column_winners [sets in the rows, others.width] are written too. No scores: winners
+    alone.
     """
     chosen = tile("maxsim", rows.tokens)
     block_t, d = chosen["BLOCK_T"], rows.tokens.shape[1]
@@ -224,7 +253,6 @@ def _pass(
     whole = d * rows.tokens.element_size() <= MOST_WHOLE // (4 if rows.tokens.dtype == torch.float32 else 1)
     if whole:
         chosen["BLOCK_K"] = max(16, triton.next_power_of_2(d))
-    row_sums_of_sets, column_sums_of_sets = [], []
     several = want_columns and (not rows.uniform or rows.longest > unit)
     bytes_of_a_set = cdiv(rows.longest, unit) * others.width * (4 + maxsim_index_dtype(rows.longest).itemsize)
     for begin, end in _chunks(rows.count, bytes_of_a_set, PARTIAL_BYTES) if several else [(0, rows.count)]:
@@ -258,15 +286,16 @@ def _pass(
                 column_base=others.start, SETS=chunk.count, BLOCKS=blocks, y_keep_stride=others.keep_stride,
                 column_width=others.width, BLOCK_T=block_t, num_warps=4,
             )  # fmt: skip
-        if units is not None or blocks > 1:
-            by_unit, row_sums = row_sums, row_sums.new_empty(columns, chunk.count)
-            launch(
-                _add_units, (chunk.count * cdiv(columns, 64),), out=row_sums, row_sums=by_unit, unit_start=unit_start,
-                SETS=chunk.count, UNITS=count, BLOCKS=blocks, COLUMNS=columns, BLOCK_C=64, num_warps=2,
-            )  # fmt: skip
-        row_sums_of_sets.append(row_sums)
-        column_sums_of_sets.append(column_sums)
-    return torch.cat(row_sums_of_sets, 1), torch.cat(column_sums_of_sets, 1) if want_columns else None
+        if row_scores is None:
+            continue
+        launch(
+            _finish, (cdiv(chunk.count, 16) * cdiv(columns, 32),),
+            row_scores=row_scores[begin:], column_scores=None if column_scores is None else column_scores[begin:],
+            row_sums=row_sums, column_sums=column_sums, x_start=chunk.start, y_start=others.start, x_kept=chunk.kept,
+            y_kept=others.kept, unit_start=unit_start, SETS=chunk.count, UNITS=count, BLOCKS=blocks, COLUMNS=columns,
+            CANDIDATES=candidates, score_set=row_scores.stride(0), score_column=row_scores.stride(1), PARTNERS=partners,
+            MEAN=mean, BLOCK_S=16, BLOCK_C=32, num_warps=4,
+        )  # fmt: skip
 
 
 def _unit(longest: int, most: int, least: int) -> int:
@@ -288,19 +317,22 @@ def _check_grid(programs: int) -> None:
 
 
 def _scores(
-    p: Problem, want_x_to_y: bool, want_y_to_x: bool, zero: bool, y_of_x: Tensor | None, x_of_y: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Sums over tokens, [M, columns] each, and the winners."""
+    p: Problem, want_x_to_y: bool, want_y_to_x: bool, mean: bool, zero: bool, x_to_y: Tensor | None, y_to_x: Tensor | None,
+    y_of_x: Tensor | None, x_of_y: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes scores [M, columns] and winners, or winners alone."""
     if p.candidates is None:
         if want_x_to_y:
-            x_sums, y_sums = _pass(p.x, p.y, ALL, 1, zero, y_of_x, x_of_y if want_y_to_x else None, want_y_to_x)
-            return x_sums.T, None if y_sums is None else y_sums.T
-        return None, _pass(p.y, p.x, ALL, 1, zero, x_of_y, None, False)[0] if want_y_to_x else None
-    x_to_y = _pass(p.x, p.y, OF_SETS, p.candidates, zero, y_of_x, None, False)[0].T if want_x_to_y else None
-    y_to_x = None
+            columns = x_of_y if want_y_to_x else None
+            _pass(p.x, p.y, ALL, 1, mean, zero, x_to_y, y_to_x if want_y_to_x else None, y_of_x, columns, want_y_to_x)
+        elif want_y_to_x:
+            _pass(p.y, p.x, ALL, 1, mean, zero, None if y_to_x is None else y_to_x.T, None, x_of_y, None, False)
+        return
+    if want_x_to_y:
+        _pass(p.x, p.y, OF_SETS, p.candidates, mean, zero, x_to_y, None, y_of_x, None, False)
     if want_y_to_x:
-        y_to_x = _pass(p.y, p.x, OF_ROWS, max(1, p.candidates), zero, x_of_y, None, False)[0].view(p.x.count, p.candidates)
-    return x_to_y, y_to_x
+        scores = None if y_to_x is None else y_to_x.view(-1, 1)
+        _pass(p.y, p.x, OF_ROWS, max(1, p.candidates), mean, zero, scores, None, x_of_y, None, False)
 
 
 # --- operators --------------------------------------------------------------------------------------------------------
@@ -315,15 +347,9 @@ def forward(
     y_of_x = _winners(x, p.columns if keep_winners and want_x_to_y else 0, x.shape[0], y_longest)
     x_of_y = _winners(x, p.rows_of_y if keep_winners and want_y_to_x else 0, y.shape[0], x_longest)
     kept = (y_of_x if keep_winners and want_x_to_y else None), (x_of_y if keep_winners and want_y_to_x else None)
-    sums = _scores(p, want_x_to_y, want_y_to_x, zero, *kept)
-    results = []
-    for total, counts in zip(sums, p.counts(), strict=True):
-        if total is None:
-            results.append(x.new_empty((0, p.columns), dtype=torch.float32))
-            continue
-        total = torch.where(p.there(), total, 0)
-        results.append((total / counts.clamp(min=1) if mean else total).contiguous())
-    return *results, y_of_x, x_of_y
+    scores = [x.new_empty((p.x.count * want, p.columns), dtype=torch.float32) for want in (want_x_to_y, want_y_to_x)]
+    _scores(p, want_x_to_y, want_y_to_x, mean, zero, *scores, *kept)
+    return *scores, y_of_x, x_of_y
 
 
 def _winners(like: Tensor, rows: int, width: int, longest: int) -> Tensor:
@@ -339,9 +365,13 @@ def backward(
     w_x, w_y = weights(p, grad_x_to_y, grad_y_to_x, mean)
     again = (w_x is not None and y_of_x.shape[0] < p.columns) or (w_y is not None and x_of_y.shape[0] < p.rows_of_y)
     pieces = _pieces(p, w_x is not None, w_y is not None) if again else [(0, p.x.count, 0, p.columns)]
-    dtype = x.dtype if len(pieces) == 1 else torch.float32  # sums over several pieces
-    dx = x.new_zeros((x.shape[0] if need_x else 0, x.shape[1]), dtype=dtype)
-    dy = y.new_zeros((y.shape[0] if need_y else 0, y.shape[1]), dtype=dtype)
+    dx, dy = (
+        # sums over several pieces in float32; where all sets are as long as the longest one piece writes every row
+        (t.new_empty if len(pieces) == 1 and side.uniform else t.new_zeros)(
+            (t.shape[0] if need else 0, t.shape[1]), dtype=t.dtype if len(pieces) == 1 else torch.float32
+        )
+        for t, side, need in ((x, p.x, need_x), (y, p.y, need_y))
+    )
     for begin, end, first, last in pieces:
         piece = p.part(begin, end, first, last)
         some_y_of_x, some_x_of_y = y_of_x, x_of_y
@@ -349,7 +379,7 @@ def backward(
             some_y_of_x = _winners(x, piece.columns if w_x is not None else 0, piece.x.width, y_longest)
             some_x_of_y = _winners(x, piece.rows_of_y if w_y is not None else 0, piece.y.width, x_longest)
             found = (None if w_x is None else some_y_of_x), (None if w_y is None else some_x_of_y)
-            _scores(piece, w_x is not None, w_y is not None, zero, *found)
+            _scores(piece, w_x is not None, w_y is not None, mean, zero, None, None, *found)
         w = [None if t is None else t[begin:end, first:last].contiguous() for t in (w_x, w_y)]
         add_gradients(piece, *w, some_y_of_x, some_x_of_y, dx if need_x else None, dy if need_y else None, len(pieces) > 1)
     return dx.to(x.dtype), dy.to(y.dtype)

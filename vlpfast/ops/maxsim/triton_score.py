@@ -6,7 +6,6 @@ that up in order. The host reads nothing and no shape depends on values, so that
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
