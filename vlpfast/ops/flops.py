@@ -111,3 +111,9 @@ def _(grad_x_to_y_shape, grad_y_to_x_shape, x_shape, y_shape, x_start_shape, *ar
         grad is None or winners[0] for grad, winners in ((grad_x_to_y_shape, y_of_x_shape), (grad_y_to_x_shape, x_of_y_shape))
     )
     return 0 if kept else 2 * x_shape[1] * _token_pairs(x_shape, y_shape, x_start_shape, args[5])
+
+
+@register_flop_formula([torch.ops.vlpfast.score_ce_fwd, torch.ops.vlpfast.score_ce_fwd_triton])
+def _(*args, out_shape=None, **kwargs) -> int:
+    """No product."""
+    return 0

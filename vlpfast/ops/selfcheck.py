@@ -24,7 +24,8 @@ from vlpfast.ops.contrastive import (
 )
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
-from vlpfast.ops.maxsim import maxsim
+from vlpfast.ops.maxsim import maxsim, score_contrastive_loss
+from vlpfast.ops.maxsim.score import KERNELS as SCORE_KERNELS
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -109,6 +110,14 @@ def _maxsim(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, 
     return maxsim(x, y, x_cu_seqlens=x_sets, y_cu_seqlens=y_sets)
 
 
+def _score_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows further on, and both directions of a square."""
+    scores = x.to(scale.dtype) @ y.to(scale.dtype).T
+    square = scores[:, : len(x)]
+    rows = score_contrastive_loss(scores, scores, scale, directions="rows", own=len(y) - len(x), label_smoothing=0.1)
+    return rows, score_contrastive_loss(square, square.T, scale, col_weights=bias[: len(x)].detach().abs())
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -120,6 +129,7 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "pair_distill": (_pair_distill, distill.KERNELS),
     "distilled_contrastive_loss": (_distilled_contrastive_loss, distill.KERNELS),
     "maxsim": (_maxsim, MAXSIM_KERNELS),
+    "score_contrastive_loss": (_score_contrastive_loss, SCORE_KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 
