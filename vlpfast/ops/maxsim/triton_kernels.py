@@ -4,8 +4,8 @@ Forward: the rows of a tile are tokens of one side in units of at most 128, each
 sets share a tile; a program multiplies them with one set of the other side, block by block, and keeps the largest product and its
 place for each row. If both directions of all pairs are wanted, the largest of each column within each unit come from the same
 products, and those of a set's several units are merged afterwards, in order. One direction alone, or pairs with candidates, are
-made with the wanted side in the rows: for both directions of candidates that is two passes. A last kernel adds sums by unit in
-order, without atomics, and divides: three launches at most, and one for each mask.
+made with the wanted side in the rows: for both directions of candidates that is two passes. Sets that are one unit have their
+scores from the first kernel; else a last one adds sums by unit in order, without atomics.
 
 A largest value is found first, then the lowest place that has it. Lengths of packed sets are known on the device alone: the host
 only bounds the number of units. Backward: triton_gradient.py.
@@ -50,16 +50,18 @@ def _forward(
     row_sums, row_winners, column_sums, column_best, column_winners,
     x, y, x_start, y_start, x_keep, y_keep, units, unit_start, row_base, column_base,
     SETS, UNITS, BLOCKS, COLUMNS, CANDIDATES, D, x_row, x_column, y_row, y_column, x_keep_stride, y_keep_stride,
-    row_width, column_width,
-    PARTNERS: tl.constexpr, ZERO: tl.constexpr, WANT_COLUMNS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    row_width, column_width, sum_set, sum_column,
+    DIRECT: tl.constexpr, MEAN: tl.constexpr, PARTNERS: tl.constexpr, ZERO: tl.constexpr, WANT_COLUMNS: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of x against the set of y that is their partner number `column`.
 
-    row_sums [COLUMNS, UNITS]: the sum of the largest of a unit's kept rows; row_winners [COLUMNS, row_width]. Of WANT_COLUMNS
-    column_winners [SETS, column_width] and column_sums [COLUMNS, SETS] are final; with column_best there are several units to a
-    set, and it and column_winners are theirs, [UNITS, column_width]. Winners stand in their row from its first token's place on:
-    the tokens at row_base, column_base.
+    row_sums, strides sum_set and sum_column: the sum of the largest of a unit's kept rows; if DIRECT a unit is a set, and its
+    score is written. row_winners [COLUMNS, row_width]. Of WANT_COLUMNS column_winners [SETS, column_width] and column_sums (or
+    scores, strides as row_sums) are final; with column_best there are several units to a set, and it and column_winners are
+    theirs, [UNITS, column_width]. Winners stand in their row from its first token's place on: the tokens at row_base,
+    column_base.
     """
     column = tl.program_id(0) % COLUMNS
     part = tl.program_id(0) // COLUMNS
@@ -89,6 +91,7 @@ def _forward(
     best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     winner = tl.zeros((BLOCK_M,), tl.int32)
     column_total = tl.zeros((GROUP,), tl.float32)
+    y_number = tl.zeros((BLOCK_T,), tl.int32)
     group = tl.arange(0, GROUP)
     group_unit = part * GROUP + group
     group_there = group_unit < UNITS
@@ -111,6 +114,8 @@ def _forward(
         y_kept = there
         if y_keep is not None:
             y_kept = there & (tl.load(y_keep + (first + t) * y_keep_stride, mask=there, other=0) != 0)
+            if DIRECT:
+                y_number += y_kept.to(tl.int32)
         if ZERO:
             s = tl.where(kept[:, None] & y_kept[None, :], s, 0.0)
             s = tl.where(inside[:, None] & there[None, :], s, float("-inf"))
@@ -137,12 +142,24 @@ def _forward(
             else:
                 column_total += tl.sum(tl.where(y_kept[None, :], of_column, 0.0), 1)
     row_total = tl.sum(tl.reshape(tl.where(kept, best, 0.0), (GROUP, UNIT)), 1)
-    tl.store(row_sums + column.to(tl.int64) * UNITS + group_unit, row_total, mask=group_there)
+    if DIRECT:
+        of_set = tl.sum(tl.reshape(kept.to(tl.int32), (GROUP, UNIT)), 1)
+        of_partner = length
+        if y_keep is not None:
+            of_partner = tl.sum(y_number, 0)
+        there = (of_set > 0) & (of_partner > 0)
+        if MEAN:
+            row_total = row_total / tl.maximum(of_set, 1).to(tl.float32)
+            column_total = column_total / tl.maximum(of_partner, 1).to(tl.float32)
+        row_total = tl.where(there, row_total, 0.0)
+        column_total = tl.where(there, column_total, 0.0)
+    sum_at = group_unit.to(tl.int64) * sum_set + column.to(tl.int64) * sum_column
+    tl.store(row_sums + sum_at, row_total, mask=group_there)
     if row_winners is not None:
         at = column.to(tl.int64) * row_width + token - tl.load(row_base)
         tl.store(row_winners + at, tl.where(kept, winner, 0).to(row_winners.dtype.element_ty), mask=inside)
     if WANT_COLUMNS and column_best is None:
-        tl.store(column_sums + column.to(tl.int64) * SETS + group_unit, column_total, mask=group_there)
+        tl.store(column_sums + sum_at, column_total, mask=group_there)
 
 
 @triton.jit
@@ -261,8 +278,12 @@ def _pass(
         units, unit_start, count, blocks = chunk.units(unit)
         _check_grid(cdiv(count * unit, chosen["BLOCK_M"]) * columns)
         new = {"dtype": torch.float32}
-        row_sums = rows.tokens.new_empty(columns, count, **new)
-        column_sums = rows.tokens.new_empty(columns, chunk.count, **new) if want_columns else None
+        direct = row_scores is not None and units is None and blocks == 1
+        if direct:
+            row_sums, column_sums, sum_set, sum_column = row_scores, column_scores, *row_scores.stride()
+        else:
+            row_sums, sum_set, sum_column = rows.tokens.new_empty(columns, count, **new), 1, count
+            column_sums = rows.tokens.new_empty(columns, chunk.count, **new) if want_columns else None
         column_best = rows.tokens.new_empty(count, others.width, **new) if several else None
         unit_winners = winners
         if several and winners is not None:
@@ -276,7 +297,8 @@ def _pass(
             x_row=chunk.tokens.stride(0), x_column=chunk.tokens.stride(1),
             y_row=others.tokens.stride(0), y_column=others.tokens.stride(1),
             x_keep_stride=chunk.keep_stride, y_keep_stride=others.keep_stride,
-            row_width=rows.width, column_width=others.width, PARTNERS=partners, ZERO=zero, WANT_COLUMNS=want_columns,
+            row_width=rows.width, column_width=others.width, sum_set=sum_set, sum_column=sum_column, DIRECT=direct, MEAN=mean,
+            PARTNERS=partners, ZERO=zero, WANT_COLUMNS=want_columns,
             WHOLE=whole, PRECISION=precision(rows.tokens.dtype), UNIT=unit, **chosen,
         )  # fmt: skip
         if several:
@@ -286,7 +308,7 @@ def _pass(
                 column_base=others.start, SETS=chunk.count, BLOCKS=blocks, y_keep_stride=others.keep_stride,
                 column_width=others.width, BLOCK_T=block_t, num_warps=4,
             )  # fmt: skip
-        if row_scores is None:
+        if direct or row_scores is None:
             continue
         launch(
             _finish, (cdiv(chunk.count, 16) * cdiv(columns, 32),),
