@@ -148,6 +148,8 @@ def weights(p: Problem, grad_x_to_y: Tensor | None, grad_y_to_x: Tensor | None, 
     Gradients of scores with no rows, as compiled code gives them for a direction that was not wanted, are none.
     """
     gradients = [None if g is None or g.shape[0] != p.x.count else g for g in (grad_x_to_y, grad_y_to_x)]
+    if not mean and all(side.keep is None and side.uniform and side.longest for side in (p.x, p.y)):
+        return [None if g is None else g.float().contiguous() for g in gradients]
     out = [None if g is None else g.new_empty(g.shape, dtype=torch.float32) for g in gradients]
     strides = [stride for g in gradients for stride in ((0, 0) if g is None else g.stride())]
     launch(

@@ -20,7 +20,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _share(weights, lines, LINES, stride, direction, BLOCK: tl.constexpr):
     """What each line's loss counts in the whole: its weight's part of a direction's weight."""
     if weights is None:
-        return tl.zeros(lines.shape, tl.float32) + direction / tl.maximum(LINES, 1).to(tl.float32)
+        return tl.zeros(lines.shape, tl.float32) + direction / (LINES * 1.0)  # a size of 1 has no `to`
     else:
         total = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, LINES, BLOCK):
@@ -77,7 +77,7 @@ def _lines(
             even += label_smoothing
         else:
             even += tl.load(smoothing + lines.to(tl.int64) * smoothing_stride, mask=inside, other=0.0).to(tl.float32)
-        even = even / LENGTH.to(tl.float32)
+        even = even / (LENGTH * 1.0)
         loss -= even * factor * plain
         slope -= even * plain
     tl.store(losses + first + lines, share * loss, mask=inside)
@@ -95,7 +95,7 @@ def _lines(
             g = a[:, None] * tl.exp2((r - top[:, None]) * LOG2E) - (unit * even)[:, None]
             kept = there & (others[None, :] != (lines + own)[:, None])
             tl.store(out[:, None] + others.to(tl.int64)[None, :] * gradient_other, g, mask=kept)
-        g = unit * even * (LENGTH - 1).to(tl.float32) - a * lower * total
+        g = unit * even * ((LENGTH - 1) * 1.0) - a * lower * total
         tl.store(out + (lines + own).to(tl.int64) * gradient_other, g, mask=inside)
 
 
