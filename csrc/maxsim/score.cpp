@@ -104,9 +104,8 @@ template <class T> class Side {
             sums.total = std::numeric_limits<double>::infinity();
         const double negatives = shift + std::log(sums.total);
         const double loss = std::max(negatives, 0.0) + std::log1p(std::exp(-std::abs(negatives)));
-        // softmax's weight of each exponential, whose denominator has the own pair's 1
-        const double top = std::max(shift, 0.0), raised = std::exp(shift - top);
-        const double weight = raised / (sums.total * raised + std::exp(-top)), smooth = smooth_[i] / length_;
+        const double weight = 1 / (sums.total + std::exp(-shift)); // softmax's, whose denominator has the own pair's 1
+        const double smooth = smooth_[i] / length_;
         loss_[i] = share_[i] * loss;
         dscale_[i] = share_[i] * weight * sums.weighted;
         if (smoothed_) {

@@ -65,12 +65,9 @@ def _lines(
     negatives = usable + tl.log(total)
     small = tl.exp2(-tl.abs(negatives) * LOG2E)
     loss = tl.where(negatives > 0, negatives, 0.0) + _log1p(small)
-    # softmax's weight of each exponential, whose denominator has the own pair's 1
-    top = tl.maximum(usable, 0.0)
-    lower = tl.exp2((usable - top) * LOG2E)
-    under = total * lower + tl.exp2(-top * LOG2E)
+    under = total + tl.exp2(-usable * LOG2E)  # softmax's denominator, with the own pair's 1
     share = _share(weights, lines, LINES, weights_stride, direction, BLOCK_N)
-    slope = lower / under * weighted
+    slope = weighted / under
     even = tl.zeros((BLOCK_L,), tl.float32)
     if SMOOTHED:
         if smoothing is None:
@@ -92,10 +89,10 @@ def _lines(
             there = inside[:, None] & (others < LENGTH)[None, :]
             s = tl.load(at[:, None] + others.to(tl.int64)[None, :] * other, mask=there, other=0.0)
             r = factor * (s - origin[:, None])
-            g = a[:, None] * tl.exp2((r - top[:, None]) * LOG2E) - (unit * even)[:, None]
+            g = a[:, None] * tl.exp2((r - usable[:, None]) * LOG2E) - (unit * even)[:, None]
             kept = there & (others[None, :] != (lines + own)[:, None])
             tl.store(out[:, None] + others.to(tl.int64)[None, :] * gradient_other, g, mask=kept)
-        g = unit * even * ((LENGTH - 1) * 1.0) - a * lower * total
+        g = unit * even * ((LENGTH - 1) * 1.0) - a * total
         tl.store(out + (lines + own).to(tl.int64) * gradient_other, g, mask=inside)
 
 
