@@ -161,8 +161,7 @@ std::tuple<Tensor, Tensor> forward(const std::optional<Tensor>& x_to_y, const st
         const bool need = columns ? need_y_to_x : need_x_to_y;
         auto share = columns ? shares(col_weights, "col_weights", scores->size(1), col_weight)
                              : shares(row_weights, "row_weights", scores->size(0), row_weight);
-        Side<T> side(*scores, columns, columns ? 0 : own, factor, std::move(share), smoothing, label_smoothing,
-                     need ? at : nullptr);
+        Side<T> side(*scores, columns, own, factor, std::move(share), smoothing, label_smoothing, need ? at : nullptr);
         side.run();
         total += side.loss();
         dscale += side.dscale();

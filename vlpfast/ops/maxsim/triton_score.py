@@ -127,7 +127,7 @@ def _score_ce(
     if y_to_x is not None:
         if program >= ROW_PARTS:
             _lines(
-                losses, dscales, y_gradient, y_to_x, scale, smoothing, col_weights, program - ROW_PARTS, COLUMNS_AT, N, M, 0,
+                losses, dscales, y_gradient, y_to_x, scale, smoothing, col_weights, program - ROW_PARTS, COLUMNS_AT, N, M, own,
                 y_column, y_row, 1, N, smoothing_stride, col_weights_stride, label_smoothing, col_weight, SMOOTHED, BLOCK_L,
                 BLOCK_N,
             )  # fmt: skip
