@@ -31,6 +31,7 @@ from vlpfast.ops._triton import Launch
 from vlpfast.ops.contrastive import triton_distill, triton_pair, triton_sample, triton_softplus
 from vlpfast.ops.contrastive.distill import triton_width
 from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
+from vlpfast.ops.maxsim import triton_score
 from vlpfast.ops.temporal import triton_kernels as triton_temporal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +112,16 @@ def pool_tokens(dtype: torch.dtype, largest: bool) -> None:
     triton_temporal.pool_tokens_bwd(pooled, winners, 16, 24, 24, largest)
 
 
+def score_contrastive_loss(dtype: torch.dtype, smoothing: bool) -> None:
+    """Loss and gradients of the scores of 128 x 128 sets, both ways: float32 whatever the features are."""
+    if dtype != torch.float32:
+        return
+    x_to_y, y_to_x = (torch.empty(128, 128, device="meta") for _ in range(2))
+    scale, weights = torch.empty((), device="meta"), torch.empty(128, device="meta")
+    options = (scale, weights, weights) if smoothing else (None, None, None)
+    triton_score.forward(x_to_y, y_to_x, scale, *options, 0, 0.0, 0.5, 0.5, True, True, True)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
@@ -122,6 +133,8 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_distill, recompute": lambda dtype: pair_distill(dtype, True),
     "maxsim, 128 x 128 sets of 32 and 300, D 128": lambda dtype: maxsim(dtype, 128, 32, 128, 300, 128, False),
     "maxsim, 128 x 128 sets of 197 and 77, D 256, both ways": lambda dtype: maxsim(dtype, 128, 197, 128, 77, 256, True),
+    "score_contrastive_loss": lambda dtype: score_contrastive_loss(dtype, False),
+    "score_contrastive_loss, smoothing, weights": lambda dtype: score_contrastive_loss(dtype, True),
     "sample_hard_negatives": lambda dtype: sample_hard_negatives(dtype, 0.0),
     "sample_hard_negatives, uniform part": lambda dtype: sample_hard_negatives(dtype, 1e-4),
     "token_roll, 8 x 8 frames of 197 tokens, D 768": lambda dtype: frame_shift(dtype, True),

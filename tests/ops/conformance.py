@@ -618,3 +618,51 @@ OPS |= {
     "select": Op(select_and_weigh, tokens.selection.KERNELS, ("x", "score"), (), SELECT_CASES),
     "random_mask": Op(random_mask_and_back, tokens.selection.KERNELS, ("x", "mask_token"), (), RANDOM_MASK_CASES),
 }
+
+
+# --- the loss of scores -----------------------------------------------------------------------------------------------
+
+
+def scores(m: int, n: int, *, shift: float = 0.0, **more: Any) -> Arguments:
+    """`shift`: how far own scores lie above the others, of a square."""
+    generator = torch.Generator().manual_seed(0)
+    x_to_y, y_to_x = (torch.randn(m, n, generator=generator).double() / 4 + shift * torch.eye(m, n) for _ in range(2))
+    return {"x_to_y": x_to_y, "y_to_x": y_to_x, "scale": torch.tensor(14.3)} | more
+
+
+def strided_scores() -> Arguments:
+    """x_to_y with its rows the last dimension in memory, of y_to_x every second number from the third row on."""
+    both = scores(21, 40)
+    return {"x_to_y": both["x_to_y"][:, :19].T[:, :19], "y_to_x": both["y_to_x"][2:, ::2][:, :19], "scale": torch.tensor(5.0)}
+
+
+SCORE_CASES: dict[str, Callable[[], Arguments]] = {
+    "0x0": lambda: scores(0, 0),
+    "0x5, rows": lambda: scores(0, 5, directions="rows"),
+    "1x1": lambda: scores(1, 1),
+    "2x2": lambda: scores(2, 2),
+    "15x15": lambda: scores(15, 15),
+    "16x16": lambda: scores(16, 16),
+    "17x17x8": lambda: scores(17, 17),
+    "129x129": lambda: scores(129, 129),
+    "rows further on": lambda: scores(5, 300, directions="rows", own=11),
+    "cols": lambda: scores(33, 33, directions="cols"),
+    "weighted directions": lambda: scores(33, 33, directions=(0.3, 1.5)),
+    "smoothing": lambda: scores(33, 33, label_smoothing=0.1),
+    "smoothing, 0-d": lambda: scores(33, 33, label_smoothing=torch.tensor(0.2)),
+    "smoothing by pair, weights": lambda: scores(
+        33, 33, label_smoothing=torch.linspace(0, 0.5, 33), row_weights=torch.linspace(0, 2, 33), col_weights=torch.ones(33)
+    ),
+    "rows, smoothing by pair": lambda: scores(7, 33, directions="rows", own=3, label_smoothing=torch.linspace(0, 1, 14)[::2]),
+    "weights of zero": lambda: scores(9, 9, row_weights=torch.zeros(9)),
+    "scale 0": lambda: scores(9, 9) | {"scale": torch.tensor(0.0)},
+    "scale 100, a float": lambda: scores(33, 33) | {"scale": 100.0},
+    "negative scale": lambda: scores(33, 33) | {"scale": torch.tensor(-20.0)},
+    "near-zero loss": lambda: scores(33, 33, shift=4.0),
+    "labels": lambda: scores(20, 33, labels=ids(20, 33, 7)),
+    "strided": lambda: strided_scores(),
+    "expanded": lambda: scores(17, 17) | {"y_to_x": scores(1, 17)["x_to_y"].expand(17, 17)},
+}
+OPS["score_contrastive_loss"] = Op(
+    maxsim.score_contrastive_loss, maxsim.score.KERNELS, ("x_to_y", "y_to_x"), ("scale",), SCORE_CASES
+)

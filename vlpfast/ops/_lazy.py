@@ -21,6 +21,7 @@ KERNELS = {
     "frame_shift__triton": ("temporal.triton_kernels", "frame_shift_"),
     "pool_tokens_fwd_triton": ("temporal.triton_kernels", "pool_tokens_fwd"),
     "pool_tokens_bwd_triton": ("temporal.triton_kernels", "pool_tokens_bwd"),
+    "score_ce_fwd_triton": ("maxsim.triton_score", "forward"),
 }
 
 

@@ -444,3 +444,26 @@ def _(x: Tensor, score, mask, k, protect, by_score, fuse, normalize):
 def _(grad: Tensor, x, score: Tensor, mask, indices, fuse, normalize, need_x, need_score):
     b, n = score.shape
     return grad.new_empty((b if need_x else 0, n, grad.shape[2])), score.new_empty((b if need_score else 0, n))
+
+
+# --- the loss of scores of late interaction ---------------------------------------------------------------------------
+
+# row_weight * mean over i of CE(scale * x_to_y[i, :], i + own) + col_weight * mean over j of CE(scale * y_to_x[:, j], j), of the
+# matrices [M, N] that are there (M = N with y_to_x). Label smoothing: `smoothing`, 0-d or [M], or else the number; the means are
+# weighted by row_weights [M] and col_weights [N]. `gradients`: d loss / d x_to_y, d loss / d y_to_x, each M * N numbers row by
+# row, and d loss / d scale, as many of them as are needed, one after the other: multiplied at once.
+_SCORE_CE_FWD = (
+    "(Tensor? x_to_y, Tensor? y_to_x, Tensor scale, Tensor? smoothing, Tensor? row_weights, Tensor? col_weights, SymInt own, "
+    "float label_smoothing, float row_weight, float col_weight, bool need_x_to_y, bool need_y_to_x, bool need_scale) "
+    "-> (Tensor loss, Tensor gradients)"
+)
+for _suffix in ("", "_triton"):
+    torch.library.define(f"vlpfast::score_ce_fwd{_suffix}", _SCORE_CE_FWD, tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("vlpfast::score_ce_fwd")
+@torch.library.register_fake("vlpfast::score_ce_fwd_triton")
+def _(x_to_y, y_to_x, scale: Tensor, smoothing, row_weights, col_weights, own, label_smoothing, row_weight, col_weight,
+      need_x_to_y, need_y_to_x, need_scale):  # fmt: skip
+    m, n = (y_to_x if x_to_y is None else x_to_y).shape
+    return scale.new_empty(()), scale.new_empty((need_x_to_y + need_y_to_x) * m * n + need_scale)

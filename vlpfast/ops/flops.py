@@ -173,3 +173,9 @@ def _(grad_shape, x_shape, score_shape, mask_shape, indices_shape, fuse, normali
       out_shape=None, **kwargs) -> int:  # fmt: skip
     """For each fused token its share of the gradient, and a product with it."""
     return score_shape[0] * (score_shape[1] - indices_shape[1]) * grad_shape[2] * fuse * (need_x + 2 * need_score)
+
+
+@register_flop_formula([torch.ops.vlpfast.score_ce_fwd, torch.ops.vlpfast.score_ce_fwd_triton])
+def _(*args, out_shape=None, **kwargs) -> int:
+    """No product."""
+    return 0

@@ -24,7 +24,8 @@ from vlpfast.ops.contrastive import (
 )
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
-from vlpfast.ops.maxsim import maxsim, maxsim_int8, quantize_tokens
+from vlpfast.ops.maxsim import maxsim, maxsim_int8, quantize_tokens, score_contrastive_loss
+from vlpfast.ops.maxsim.score import KERNELS as SCORE_KERNELS
 from vlpfast.ops.temporal import channel_shift, pool_tokens, token_roll
 from vlpfast.ops.temporal.pool import KERNELS as POOL_KERNELS
 from vlpfast.ops.temporal.shift import KERNELS as SHIFT_KERNELS
@@ -165,6 +166,14 @@ def _merge(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, T
     return mean, size, unmerge(merge(y[None], match, mode="max")[0], match)
 
 
+def _score_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows further on, and both directions of a square."""
+    scores = x.to(scale.dtype) @ y.to(scale.dtype).T
+    square = scores[:, : len(x)]
+    rows = score_contrastive_loss(scores, scores, scale, directions="rows", own=len(y) - len(x), label_smoothing=0.1)
+    return rows, score_contrastive_loss(square, square.T, scale, col_weights=bias[: len(x)].detach().abs())
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -184,6 +193,7 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "token_roll": (_token_roll, SHIFT_KERNELS),
     "channel_shift": (_channel_shift, SHIFT_KERNELS),
     "pool_tokens": (_pool_tokens, POOL_KERNELS),
+    "score_contrastive_loss": (_score_contrastive_loss, SCORE_KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 

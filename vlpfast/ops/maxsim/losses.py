@@ -14,9 +14,10 @@ from torch import Tensor
 from vlpfast.ops._checks import DTYPES, check_count, check_tensor, same_dtype
 from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.contrastive._checks import check_directions, check_ids, check_scale, check_smoothing, check_unused, check_weights
-from vlpfast.ops.contrastive._parts import LOWEST, mean, softplus
+from vlpfast.ops.contrastive._parts import mean, softplus
 from vlpfast.ops.maxsim._checks import check_sets, check_tokens
 from vlpfast.ops.maxsim.maxsim import STASH_BYTES, maxsim
+from vlpfast.ops.maxsim.score import score_ce
 
 Directions = Literal["both", "rows", "cols"] | tuple[float, float]
 
@@ -81,8 +82,10 @@ def score_contrastive_loss(
         loss = (mean_i CE(scale * x_to_y[i, :], target) + mean_j CE(scale * y_to_x[:, j], target)) / 2
 
     Targets are left out of the sums of exponentials and added beside them: with one positive each the loss is exact down to
-    1e-31. Of one matrix for both (GLoRIA's) give it twice. The contrast of a Q-Former's queries [M, Q, D] with one text vector
-    [N, D], which takes the best query for each text (BLIP-2, GeoX, mPLUG-video), is
+    1e-31. With `own` loss and gradients are made at once, in two launches on a GPU; with labels, and where label_smoothing,
+    row_weights or col_weights have a gradient, torch's operators make them, on every backend. Of one matrix for both
+    (GLoRIA's) give it twice. The contrast of a Q-Former's queries [M, Q, D] with one text vector [N, D], which takes the best
+    query for each text (BLIP-2, GeoX, mPLUG-video), is
 
         s = maxsim(queries, text[:, None], directions="y_to_x")
         score_contrastive_loss(s, s, scale, label_smoothing=0.1, labels=(image_ids, image_ids))
@@ -122,15 +125,8 @@ def score_contrastive_loss(
         check_weights("col_weights", col_weights, y_to_x.T)
     if isinstance(label_smoothing, Tensor) and label_smoothing.ndim and weights[1] and m != n:
         raise ValueError(f"label_smoothing: expected a number with {m} rows and {n} columns, got a vector")
-    positive = _positives(own, labels, m, n, x_to_y.device, columns=bool(weights[1]))
-    sides = []
-    for weight, scores, targets, over in (
-        (weights[0], x_to_y, positive, row_weights),
-        (weights[1], y_to_x.T, positive.T, col_weights),
-    ):
-        if weight:
-            sides.append(weight * _cross_entropy(scores, scale, targets, labels is None, label_smoothing, over))
-    return sum(sides[1:], sides[0])
+    _check_own(own, labels, m, n, x_to_y.device, columns=bool(weights[1]))
+    return score_ce(x_to_y, y_to_x, scale, own, labels, label_smoothing, row_weights, col_weights, weights)
 
 
 def _check_scores(x_to_y: Any, y_to_x: Any) -> None:
@@ -147,8 +143,7 @@ def _check_scores(x_to_y: Any, y_to_x: Any) -> None:
         raise ValueError(f"y_to_x: expected device {x_to_y.device} as x_to_y has, got {y_to_x.device}")
 
 
-def _positives(own: Any, labels: Any, m: int, n: int, device: torch.device, *, columns: bool) -> Tensor:
-    """[M, N] bool: the pairs that belong together."""
+def _check_own(own: Any, labels: Any, m: int, n: int, device: torch.device, *, columns: bool) -> None:
     if labels is not None:
         if not (isinstance(labels, tuple | list) and len(labels) == 2):
             raise TypeError(f"labels: expected a pair (row_labels, col_labels), got {type(labels).__name__}")
@@ -156,42 +151,12 @@ def _positives(own: Any, labels: Any, m: int, n: int, device: torch.device, *, c
         check_ids("labels[1]", labels[1], device, n)
         if own != 0:
             raise ValueError(f"own: expected 0 with labels, which say what belongs together, got {own!r}")
-        return labels[0][:, None] == labels[1]
+        return
     check_count("own", own, 0)
     if own > n - m:
         raise ValueError(f"own: expected an offset in [0, N - M] with M = {m} rows and N = {n} columns, got {own}")
     if columns and m != n:
         raise ValueError(f"directions: expected 'rows' with {m} rows and {n} columns, of which some have no row of their own")
-    return torch.arange(m, device=device)[:, None] + own == torch.arange(n, device=device)
-
-
-def _cross_entropy(scores, scale, positive, single, label_smoothing, weights) -> Tensor:
-    """The mean over rows of scores [M, N] of the cross-entropy with equal shares of the target on the positives [M, N].
-
-    single: every row has exactly one.
-    """
-    number = positive.sum(1)
-
-    def above_positives(scores: Tensor) -> Tensor:
-        """Logits relative to the mean over the row's positives: [M, N]."""
-        average = torch.where(positive, scores, 0).sum(1) / number.clamp(min=1)
-        return scale * (scores - average[:, None])
-
-    relative = above_positives(scores)
-    negatives = torch.where(positive, LOWEST, relative).logsumexp(1)
-    if single:
-        losses = softplus(negatives)
-    else:
-        # By an alias, so that what goes to the average and what to the positives meet before the negatives' part is added: of
-        # a single positive they cancel, and what is left may be 1e-31 of them.
-        spread = torch.where(positive, above_positives(scores.view_as(scores)), LOWEST).logsumexp(1)
-        losses = spread + softplus(negatives - spread)
-    if isinstance(label_smoothing, Tensor) or label_smoothing:
-        losses = losses - label_smoothing * (relative.sum(1) / max(1, relative.shape[1]))
-    if single:
-        return mean(losses, weights)
-    has_any = number > 0
-    return mean(torch.where(has_any, losses, 0), has_any if weights is None else weights * has_any)
 
 
 def maxsim_sigmoid_loss(

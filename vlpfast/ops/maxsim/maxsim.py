@@ -138,7 +138,10 @@ def token_sets(tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
         return _Sets(tokens, cu_seqlens.to(torch.int64), None, cu_seqlens.shape[0] - 1, longest)
     *sets, length, width = tokens.shape
     count = math.prod(sets)
-    start = length * torch.arange(count + 1, device=tokens.device)
+    if length and not torch.compiler.is_compiling():  # one launch; compilers fuse the other form, whose shape is plainer
+        start = torch.arange(0, count * length + 1, length, device=tokens.device)
+    else:
+        start = length * torch.arange(count + 1, device=tokens.device)
     keep = mask.reshape(count * length) if mask is not None else None
     return _Sets(tokens.reshape(count * length, width), start, keep, count, length)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops._schemas import accumulate_dtype
+from vlpfast.ops.contrastive._parts import LOWEST, mean, softplus
 
 
 def maxsim(
@@ -38,3 +39,59 @@ def _reduce(similarity: Tensor, rows: Tensor, columns: Tensor, reduction: str) -
     there = rows[..., 0] & columns.any(-1)
     total = torch.where(there, best, 0).sum(-1)
     return total if reduction == "sum" else total / rows[..., 0].sum(-1).clamp_min(1)
+
+
+def score_ce(
+    x_to_y: Tensor,  # [M, N]
+    y_to_x: Tensor,  # [M, N]
+    scale: Tensor,
+    own: int,
+    labels: tuple[Tensor, Tensor] | None,
+    label_smoothing: float | Tensor,
+    row_weights: Tensor | None,
+    col_weights: Tensor | None,
+    weights: tuple[float, float],
+) -> Tensor:
+    """`score_contrastive_loss` with checked arguments; `weights`: of the rows' mean and of the columns' mean."""
+    if labels is not None:
+        positive = labels[0][:, None] == labels[1]  # [M, N] bool: the pairs that belong together
+    else:
+        m, n = x_to_y.shape
+        positive = torch.arange(m, device=x_to_y.device)[:, None] + own == torch.arange(n, device=x_to_y.device)
+    sides = []
+    for weight, scores, targets, over in (
+        (weights[0], x_to_y, positive, row_weights),
+        (weights[1], y_to_x.T, positive.T, col_weights),
+    ):
+        if weight:
+            sides.append(weight * _cross_entropy(scores, scale, targets, labels is None, label_smoothing, over))
+    return sum(sides[1:], sides[0])
+
+
+def _cross_entropy(scores, scale, positive, single, label_smoothing, weights) -> Tensor:
+    """The mean over rows of scores [M, N] of the cross-entropy with equal shares of the target on the positives [M, N].
+
+    single: every row has exactly one.
+    """
+    number = positive.sum(1)
+
+    def above_positives(scores: Tensor) -> Tensor:
+        """Logits relative to the mean over the row's positives: [M, N]."""
+        average = torch.where(positive, scores, 0).sum(1) / number.clamp(min=1)
+        return scale * (scores - average[:, None])
+
+    relative = above_positives(scores)
+    negatives = torch.where(positive, LOWEST, relative).logsumexp(1)
+    if single:
+        losses = softplus(negatives)
+    else:
+        # By an alias, so that what goes to the average and what to the positives meet before the negatives' part is added: of
+        # a single positive they cancel, and what is left may be 1e-31 of them.
+        spread = torch.where(positive, above_positives(scores.view_as(scores)), LOWEST).logsumexp(1)
+        losses = spread + softplus(negatives - spread)
+    if isinstance(label_smoothing, Tensor) or label_smoothing:
+        losses = losses - label_smoothing * (relative.sum(1) / max(1, relative.shape[1]))
+    if single:
+        return mean(losses, weights)
+    has_any = number > 0
+    return mean(torch.where(has_any, losses, 0), has_any if weights is None else weights * has_any)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlpfast.ops._triton import cdiv, dot, launch, narrow
-from vlpfast.ops.maxsim.triton_sets import Problem, precision, rows_of_tile, tile
+from vlpfast.ops.maxsim.triton_sets import Problem, number_kept, precision, rows_of_tile, tile
 
 
 @triton.jit
@@ -113,17 +113,53 @@ def _gradient(
     tl.store(at, narrow(total, out.dtype.element_ty), mask=written)
 
 
+@triton.jit
+def _weights(
+    x_weights, y_weights, x_gradient, y_gradient, x_start, y_start, x_kept, y_kept, M, COLUMNS, x_row, x_column, y_row, y_column,
+    CANDIDATES: tl.constexpr, MEAN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(COLUMNS, BLOCK_C)
+    m = tl.program_id(0) // parts * BLOCK_S + tl.arange(0, BLOCK_S)
+    column = tl.program_id(0) % parts * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (m < M)[:, None] & (column < COLUMNS)[None, :]
+    if CANDIDATES:
+        partner = (m * COLUMNS)[:, None] + column[None, :]
+    else:
+        partner = (m * 0)[:, None] + column[None, :]
+    of_x = number_kept(x_start, x_kept, m, m < M)
+    of_y = number_kept(y_start, y_kept, partner, inside)
+    there = (of_x > 0)[:, None] & (of_y > 0)
+    m, column = m.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
+    if x_gradient is not None:
+        weight = tl.load(x_gradient + m * x_row + column * x_column, mask=inside, other=0.0).to(tl.float32)
+        if MEAN:
+            weight = weight / tl.maximum(of_x, 1).to(tl.float32)[:, None]
+        tl.store(x_weights + m * COLUMNS + column, tl.where(there, weight, 0.0), mask=inside)
+    if y_gradient is not None:
+        weight = tl.load(y_gradient + m * y_row + column * y_column, mask=inside, other=0.0).to(tl.float32)
+        if MEAN:
+            weight = weight / tl.maximum(of_y, 1).to(tl.float32)
+        tl.store(y_weights + m * COLUMNS + column, tl.where(there, weight, 0.0), mask=inside)
+
+
 def weights(p: Problem, grad_x_to_y: Tensor | None, grad_y_to_x: Tensor | None, mean: bool) -> list[Tensor | None]:
     """What each winner's product weighs in the loss, [M, columns] float32; 0 where a set has no kept token.
 
     Gradients of scores with no rows, as compiled code gives them for a direction that was not wanted, are none.
     """
-    return [
-        None
-        if g is None or g.shape[0] != p.x.count
-        else torch.where(p.there(), g.float() / counts.clamp(min=1) if mean else g.float(), 0)
-        for g, counts in zip((grad_x_to_y, grad_y_to_x), p.counts(), strict=True)
-    ]
+    gradients = [None if g is None or g.shape[0] != p.x.count else g for g in (grad_x_to_y, grad_y_to_x)]
+    if not mean and all(side.keep is None and side.uniform and side.longest for side in (p.x, p.y)):
+        return [None if g is None else g.float().contiguous() for g in gradients]
+    out = [None if g is None else g.new_empty(g.shape, dtype=torch.float32) for g in gradients]
+    strides = [stride for g in gradients for stride in ((0, 0) if g is None else g.stride())]
+    launch(
+        _weights, (cdiv(p.x.count, 16) * cdiv(p.columns, 32),),
+        x_weights=out[0], y_weights=out[1], x_gradient=gradients[0], y_gradient=gradients[1], x_start=p.x.start,
+        y_start=p.y.start, x_kept=p.x.kept, y_kept=p.y.kept, M=p.x.count, COLUMNS=p.columns, x_row=strides[0],
+        x_column=strides[1], y_row=strides[2], y_column=strides[3], CANDIDATES=p.candidates is not None, MEAN=mean, BLOCK_S=16,
+        BLOCK_C=32, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def add_gradients(

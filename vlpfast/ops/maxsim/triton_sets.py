@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlpfast.ops import _triton
-from vlpfast.ops._triton import Tile, cdiv
+from vlpfast.ops._triton import Tile, cdiv, launch
 
 TABLE = Path(__file__).with_name("tiles.json")
 
@@ -52,6 +53,29 @@ def rows_of_tile(
     return place, first + place, inside
 
 
+@triton.jit
+def number_kept(starts, kept, sets, there):
+    """Of each set, int32: `kept` if that is given, else its length; 0 where there is none."""
+    if kept is not None:
+        return tl.load(kept + sets, mask=there, other=0)
+    else:
+        first = tl.load(starts + sets, mask=there, other=0)
+        return (tl.load(starts + sets + 1, mask=there, other=0) - first).to(tl.int32)
+
+
+@triton.jit
+def _count_kept(out, starts, keep, stride, BLOCK: tl.constexpr):
+    """One set."""
+    owner = tl.program_id(0)
+    first = tl.load(starts + owner)
+    length = (tl.load(starts + owner + 1) - first).to(tl.int32)
+    total = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        total += (tl.load(keep + (first + t) * stride, mask=t < length, other=0) != 0).to(tl.int32)
+    tl.store(out + owner, tl.sum(total, 0))
+
+
 @dataclass(frozen=True)
 class Side:
     """Set i has the rows start[i] to start[i + 1] of `tokens`, at most `longest`; start is a part of the operator's argument."""
@@ -83,12 +107,23 @@ class Side:
     def part(self, begin: int, end: int) -> Side:
         return replace(self, start=self.start[begin : end + 1])
 
-    def kept(self) -> Tensor:
-        """[count] int64"""
+    @cached_property
+    def kept(self) -> Tensor | None:
+        """[count] int32; None: all tokens are."""
         if self.keep is None:
-            return self.start.diff()
-        sums = torch.nn.functional.pad(self.keep.cumsum(0), (1, 0))
-        return sums[self.start].diff()
+            return None
+        out = self.start.new_empty(self.count, dtype=torch.int32)
+        launch(
+            _count_kept,
+            (self.count,),
+            out=out,
+            starts=self.start,
+            keep=self.keep,
+            stride=self.keep_stride,
+            BLOCK=256,
+            num_warps=2,
+        )
+        return out
 
     def units(self, size: int) -> tuple[Tensor | None, Tensor | None, int, int]:
         """Units of `size` rows: the set of each and the first of each set, int32, None if uniform; how many; to a set."""
@@ -123,13 +158,3 @@ class Problem:
         if self.candidates is not None:
             first, last = begin * self.candidates, end * self.candidates
         return replace(self, x=self.x.part(begin, end), y=self.y.part(first, last))
-
-    def counts(self) -> tuple[Tensor, Tensor]:
-        """Kept tokens of x and of y for every pair, in a shape that broadcasts to [M, columns]."""
-        of_y = self.y.kept()
-        return self.x.kept()[:, None], of_y[None] if self.candidates is None else of_y.view(self.x.count, self.candidates)
-
-    def there(self) -> Tensor:
-        """[M, columns]: whether both sets of a pair have kept tokens."""
-        of_x, of_y = self.counts()
-        return (of_x > 0) & (of_y > 0)
