@@ -199,6 +199,23 @@ def test_gradients_of_some_inputs_alone(backend: str) -> None:
         assert torch.equal(leaf.grad[..., 0].nonzero()[:, 1].reshape(3, 4), indices) and leaf.grad.sum() == 3 * 4 * 4
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("x_dtype", "score_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float16)]
+)
+def test_scores_have_a_dtype_of_their_own(x_dtype: torch.dtype, score_dtype: torch.dtype, backend: str) -> None:
+    x, score = images(3, 30, 12).values()
+    x, score = x.to(x_dtype), score.to(score_dtype)
+    for options in ({}, {"normalize": True}):
+        with backends.use(backend):
+            kept, indices, dx, dscore = run(x, score, 9, rest="fuse", **options)
+        with backends.use("reference"):
+            _, same, _, expected = run(x.double(), score.double(), 9, rest="fuse", **options)
+        assert (kept.dtype, dx.dtype, dscore.dtype) == (x_dtype, x_dtype, score_dtype) and torch.equal(indices, same)
+        error = (dscore.double() - expected).norm() / expected.norm()
+        assert error < 2 * max(torch.finfo(dtype).eps for dtype in (x_dtype, score_dtype))
+
+
 @needs_library
 def test_transforms_and_what_is_refused() -> None:
     x, score = images(3, 7, 4).values()
@@ -410,6 +427,9 @@ def test_importance_of_masked_keys_and_with_a_normaliser_given() -> None:
     assert not found[0].any() and not found.masked_select(~keep[:, None, None]).any()  # the first image has no key
     gradients = torch.autograd.grad(found.square().sum(), (leaf, anything))
     assert all(g.isfinite().all() for g in gradients) and not gradients[0][0].any()
+    nothing = torch.full((3, 2, 5), -INF)  # what fused attention returns where no key is kept
+    found = importance(leaf, anything, None, mask=torch.zeros_like(keep), lse=nothing)
+    assert not found.any() and not torch.autograd.grad(found.sum(), leaf)[0].any()
     lse = (q @ k.mT / 2).logsumexp(-1)
     part = importance(q, k[:, :, :4], torch.tensor([3, 1]), lse=lse, heads="each")
     torch.testing.assert_close(part, (q @ k.mT / 2).softmax(-1)[:, :, [3, 1], :4], rtol=1e-12, atol=1e-14)
@@ -451,6 +471,7 @@ WRONG_QUERIES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "rows: expected device cpu as q has, got meta": (ValueError, {"rows": torch.tensor([1], device="meta")}),
     "scale: expected a float or None, got str": (TypeError, {"scale": "1"}),
     "lse: expected a floating tensor or None, got float": (TypeError, {"lse": 1.0}),
+    "lse: expected device cpu as q has, got meta": (ValueError, {"lse": Q[..., 0].to("meta")}),
     r"lse: expected shape \(2, 3, 4\), got \(2, 3, 6\)": (ValueError, {"lse": K[..., 0]}),
     r"mask: expected shape \(2, 6\), got \(2, 4\)": (ValueError, {"mask": torch.ones(2, 4, dtype=torch.bool)}),
     "heads: expected 'mean', 'max' or 'each', got 'sum'": (ValueError, {"heads": "sum"}),
