@@ -83,7 +83,7 @@ def test_the_definition_token_by_token(order: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_and_what_is_no_number(dtype: torch.dtype, backend: str) -> None:
-    score = torch.tensor([[1.0, NAN, -INF, 2.0, 0.0, INF, -0.0, 2.0, -NAN, 1.0, 9.0, NAN]], dtype=dtype)
+    score = torch.tensor([[1.0, NAN, -INF, 2.0, -0.0, INF, 0.0, 2.0, -NAN, 1.0, 9.0, NAN]], dtype=dtype)
     keep = torch.ones(1, 12, dtype=torch.bool)
     keep[:, 10:] = False
     order = [5, 3, 7, 0, 9, 4, 6, 2, 1, 8, 10, 11]
