@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,6 +95,29 @@ def test_ties_and_what_is_no_number(dtype: torch.dtype, backend: str) -> None:
             assert indices[0].tolist() == order[:k] == kept[0, :, 0].tolist()
             assert select(x, score, k, mask=keep)[1][0].tolist() == sorted(order[:k])
         assert select(x, score, 3, order="score", mask=keep, protect=6)[1][0].tolist() == [0, 1, 2, 3, 4, 5, 7, 9, 6]
+
+
+@needs_library
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes(seed: int) -> None:
+    """Many ties, some scores that are NaN or infinite; what is kept is the reference's, bit for bit."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    b, n, c = rng.choice([1, 2, 5]), rng.randint(0, 70), rng.randint(0, 40)
+    x = torch.randn(b, n, c, generator=generator)
+    score = torch.randint(-3, 4, (b, n), generator=generator).float()
+    if rng.random() < 0.3:
+        score[torch.rand(b, n, generator=generator) < 0.3] = rng.choice([NAN, INF, -INF])
+    protect = rng.choice([0, 0, 1, n // 2]) if n else 0
+    options: dict[str, Any] = {"order": rng.choice(["position", "score"]), "protect": protect}
+    options["mask"] = rng.choice([None, torch.rand(b, n, generator=generator) < 0.7])
+    if rng.random() < 0.7:
+        options |= {"rest": "fuse", "normalize": rng.random() < 0.5}
+    k = rng.randint(0, n - protect)
+    found, indices = select(x, score, k, **options)
+    with backends.use("reference"):
+        expected, wanted = select(x, score, k, **options)
+    assert torch.equal(indices, wanted) and torch.equal(found[:, : protect + k], expected[:, : protect + k])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
