@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor> random_keep(const Tensor& seed, int64_t batch, int64_
     const int64_t kept = protect + keep;
     const int64_t *const seeds = seed.const_data_ptr<int64_t>(), step = own ? seed.stride(0) : 0;
     const Tensor indices = empty({batch, kept}, ScalarType::Long), inverse = empty({batch, tokens}, ScalarType::Long);
-    int64_t *const all_indices = indices.mutable_data_ptr<int64_t>(), *const all_places =
-                                                                          inverse.mutable_data_ptr<int64_t>();
+    int64_t* const all_indices = indices.mutable_data_ptr<int64_t>();
+    int64_t* const all_places = inverse.mutable_data_ptr<int64_t>();
     parallel_for(0, batch, std::max<int64_t>(1, 4096 / std::max<int64_t>(1, tokens)), [&](int64_t begin, int64_t end) {
         std::vector<uint64_t> keys(tokens); // random bits, and below them the token's number: no two are equal
         for (int64_t b = begin; b < end; ++b) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_the_definition_token_by_token(order: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ties_and_what_is_no_number(dtype: torch.dtype, backend: str) -> None:
-    score = torch.tensor([[1.0, NAN, -INF, 2.0, 0.0, INF, -0.0, 2.0, -NAN, 1.0, 9.0, NAN]], dtype=dtype)
+    score = torch.tensor([[1.0, NAN, -INF, 2.0, -0.0, INF, 0.0, 2.0, -NAN, 1.0, 9.0, NAN]], dtype=dtype)
     keep = torch.ones(1, 12, dtype=torch.bool)
     keep[:, 10:] = False
     order = [5, 3, 7, 0, 9, 4, 6, 2, 1, 8, 10, 11]
@@ -94,6 +95,29 @@ def test_ties_and_what_is_no_number(dtype: torch.dtype, backend: str) -> None:
             assert indices[0].tolist() == order[:k] == kept[0, :, 0].tolist()
             assert select(x, score, k, mask=keep)[1][0].tolist() == sorted(order[:k])
         assert select(x, score, 3, order="score", mask=keep, protect=6)[1][0].tolist() == [0, 1, 2, 3, 4, 5, 7, 9, 6]
+
+
+@needs_library
+@pytest.mark.parametrize("seed", range(40))
+def test_random_shapes(seed: int) -> None:
+    """Many ties, some scores that are NaN or infinite; what is kept is the reference's, bit for bit."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    b, n, c = rng.choice([1, 2, 5]), rng.randint(0, 70), rng.randint(0, 40)
+    x = torch.randn(b, n, c, generator=generator)
+    score = torch.randint(-3, 4, (b, n), generator=generator).float()
+    if rng.random() < 0.3:
+        score[torch.rand(b, n, generator=generator) < 0.3] = rng.choice([NAN, INF, -INF])
+    protect = rng.choice([0, 0, 1, n // 2]) if n else 0
+    options: dict[str, Any] = {"order": rng.choice(["position", "score"]), "protect": protect}
+    options["mask"] = rng.choice([None, torch.rand(b, n, generator=generator) < 0.7])
+    if rng.random() < 0.7:
+        options |= {"rest": "fuse", "normalize": rng.random() < 0.5}
+    k = rng.randint(0, n - protect)
+    found, indices = select(x, score, k, **options)
+    with backends.use("reference"):
+        expected, wanted = select(x, score, k, **options)
+    assert torch.equal(indices, wanted) and torch.equal(found[:, : protect + k], expected[:, : protect + k])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -197,6 +221,23 @@ def test_gradients_of_some_inputs_alone(backend: str) -> None:
         leaf = x.clone().requires_grad_()
         select(leaf, score, 4)[0].sum().backward()  # a gradient of no strides
         assert torch.equal(leaf.grad[..., 0].nonzero()[:, 1].reshape(3, 4), indices) and leaf.grad.sum() == 3 * 4 * 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("x_dtype", "score_dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float64, torch.float16)]
+)
+def test_scores_have_a_dtype_of_their_own(x_dtype: torch.dtype, score_dtype: torch.dtype, backend: str) -> None:
+    x, score = images(3, 30, 12).values()
+    x, score = x.to(x_dtype), score.to(score_dtype)
+    for options in ({}, {"normalize": True}):
+        with backends.use(backend):
+            kept, indices, dx, dscore = run(x, score, 9, rest="fuse", **options)
+        with backends.use("reference"):
+            _, same, _, expected = run(x.double(), score.double(), 9, rest="fuse", **options)
+        assert (kept.dtype, dx.dtype, dscore.dtype) == (x_dtype, x_dtype, score_dtype) and torch.equal(indices, same)
+        error = (dscore.double() - expected).norm() / expected.norm()
+        assert error < 2 * max(torch.finfo(dtype).eps for dtype in (x_dtype, score_dtype))
 
 
 @needs_library
@@ -410,6 +451,9 @@ def test_importance_of_masked_keys_and_with_a_normaliser_given() -> None:
     assert not found[0].any() and not found.masked_select(~keep[:, None, None]).any()  # the first image has no key
     gradients = torch.autograd.grad(found.square().sum(), (leaf, anything))
     assert all(g.isfinite().all() for g in gradients) and not gradients[0][0].any()
+    nothing = torch.full((3, 2, 5), -INF)  # what fused attention returns where no key is kept
+    found = importance(leaf, anything, None, mask=torch.zeros_like(keep), lse=nothing)
+    assert not found.any() and not torch.autograd.grad(found.sum(), leaf)[0].any()
     lse = (q @ k.mT / 2).logsumexp(-1)
     part = importance(q, k[:, :, :4], torch.tensor([3, 1]), lse=lse, heads="each")
     torch.testing.assert_close(part, (q @ k.mT / 2).softmax(-1)[:, :, [3, 1], :4], rtol=1e-12, atol=1e-14)
@@ -451,6 +495,7 @@ WRONG_QUERIES: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "rows: expected device cpu as q has, got meta": (ValueError, {"rows": torch.tensor([1], device="meta")}),
     "scale: expected a float or None, got str": (TypeError, {"scale": "1"}),
     "lse: expected a floating tensor or None, got float": (TypeError, {"lse": 1.0}),
+    "lse: expected device cpu as q has, got meta": (ValueError, {"lse": Q[..., 0].to("meta")}),
     r"lse: expected shape \(2, 3, 4\), got \(2, 3, 6\)": (ValueError, {"lse": K[..., 0]}),
     r"mask: expected shape \(2, 6\), got \(2, 4\)": (ValueError, {"mask": torch.ones(2, 4, dtype=torch.bool)}),
     "heads: expected 'mean', 'max' or 'each', got 'sum'": (ValueError, {"heads": "sum"}),

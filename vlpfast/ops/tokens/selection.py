@@ -100,9 +100,9 @@ def importance(
         rows: which queries: one, from the end if negative; int64 [R] (0 to Nq - 1), or [B, R], every sample's own; None: all.
         scale: of the products; None: Dh ** -0.5.
         lse: [B, H, Nq], the logarithm of the sum of exponentials of every query's scaled products, as fused attention returns
-            it: the rows are exp(product - lse), parts of softmaxes over more keys than are given here. It is no softmax's then.
-        mask: [B, N] bool, True = keep: masked keys have importance 0, all of them where none is kept. (With lse: they are set to
-            0 afterwards; whether they are in the sum is lse's matter.)
+            it: the rows are exp(product - lse) then, parts of softmaxes over more keys than are given here.
+        mask: [B, N] bool, True = keep: masked keys have importance 0, all of them where none is kept. Whether they are in the sum
+            is lse's matter where it is given.
         heads: the "mean" over heads, their "max" (the gradient goes to the first that has it), or "each".
 
     Returns:
@@ -128,13 +128,15 @@ def importance(
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         logits = (q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.to(dtype).mT  # [B, H, R, N]
         if lse is not None:
-            attention = (logits - lse.to(dtype)[..., None]).exp()
+            logits = logits - lse.to(dtype)[..., None]
+        if keep is not None:
+            logits = torch.where(keep, logits, -torch.inf)
+        if lse is not None:
+            attention = logits.exp()
         elif keep is None:
             attention = logits.softmax(-1)
-        else:  # -inf throughout, where no key is kept, would be NaN
-            attention = torch.where(keep, logits, -torch.inf).where(keep.any(-1, keepdim=True), 0).softmax(-1)
-        if keep is not None:
-            attention = torch.where(keep, attention, 0)
+        else:  # a softmax of -inf throughout, where no key is kept, would be NaN
+            attention = torch.where(keep, logits.where(keep.any(-1, keepdim=True), 0).softmax(-1), 0)
         if heads == "each":
             return attention
         return attention.mean(1) if heads == "mean" else attention.max(1).values
@@ -148,6 +150,8 @@ def _pick(q: Tensor, lse: Tensor | None, rows: int | Tensor | None) -> tuple[Ten
             raise TypeError(f"lse: expected a floating tensor or None, got {_described(lse)}")
         if lse.shape != (b, h, n):
             raise ValueError(f"lse: expected shape {(b, h, n)}, got {tuple(lse.shape)}")
+        if lse.device != q.device:
+            raise ValueError(f"lse: expected device {q.device} as q has, got {lse.device}")
     if rows is None:
         return q, lse
     if isinstance(rows, int) and not isinstance(rows, bool):
