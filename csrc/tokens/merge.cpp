@@ -1,10 +1,10 @@
 // Merging of tokens on the CPU, its gradient, and unmerging. See vlpfast/ops/tokens/merging.py for what it computes and
 // vlpfast/ops/_schemas.py for the arguments.
 //
-// Most tokens are merged with none, so this is a copy of nearly all rows from one place to another; where results are
-// too large to stay in a cache the copies go past it. The tokens that come together are read in order and summed in the
-// accumulating dtype, one row of which is there at a time. A row of a result has one owner and one order of its sum:
-// the number of threads decides about no bit.
+// Most tokens are merged with none, so this is a copy of nearly all rows from one place to another. (Stores past the
+// caches do not pay: a large result is fresh memory, which the system has just cleared, through the caches.) The tokens
+// that come together are read in order and summed in the accumulating dtype, one row of which is there at a time. A row
+// of a result has one owner and one order of its sum: the number of threads decides about no bit.
 
 #include "common/simd.h"
 #include "tokens/tokens.h"
@@ -15,15 +15,10 @@
 #include <optional>
 #include <tuple>
 
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
-
 namespace vlpfast::tokens {
 namespace {
 
-constexpr int64_t kGrain = 32;             // rows of a task
-constexpr int64_t kStreamBytes = 16 << 20; // results from this size on are written past the caches
+constexpr int64_t kGrain = 32; // rows of a task
 
 // Which tokens come together: those of place i, ascending, are tokens()[first(i)] to tokens()[first(i + 1)], in each
 // image.
@@ -81,36 +76,7 @@ template <class F> void each_place(const Groups& groups, const F& make) {
         auto f = make();
         for (int64_t i = from; i < to; ++i)
             f(i / groups.places, i % groups.places);
-#if defined(__x86_64__)
-        _mm_sfence(); // what went past the caches is there before another thread is told so
-#endif
     });
-}
-
-void copy_row(const void* from, int64_t bytes, bool stream, void* to) {
-#if defined(__x86_64__)
-    if (stream) {
-        constexpr int64_t kLine = 64;
-        auto* out = static_cast<char*>(to);
-        const auto* in = static_cast<const char*>(from);
-        const int64_t head = std::min(bytes, static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) % kLine));
-        std::memcpy(out, in, head);
-        int64_t at = head;
-        for (; at + kLine <= bytes; at += kLine) {
-            const auto* const line = reinterpret_cast<const __m128i*>(in + at);
-            auto* const to_line = reinterpret_cast<__m128i*>(out + at);
-            const __m128i a = _mm_loadu_si128(line), b = _mm_loadu_si128(line + 1), c = _mm_loadu_si128(line + 2),
-                          d = _mm_loadu_si128(line + 3);
-            _mm_stream_si128(to_line, a);
-            _mm_stream_si128(to_line + 1, b);
-            _mm_stream_si128(to_line + 2, c);
-            _mm_stream_si128(to_line + 3, d);
-        }
-        std::memcpy(out + at, in + at, bytes - at);
-        return;
-    }
-#endif
-    std::memcpy(to, from, bytes);
 }
 
 // out += share * in, or = if it is the first
@@ -191,7 +157,6 @@ void forward(const Tokens<In>& x, const Table<Wide<In>>& weight, const Groups& g
              Wide<In>* total) {
     using T = Wide<In>;
     const int64_t C = x.width, bytes = C * static_cast<int64_t>(sizeof(In)), M = groups.places;
-    const bool stream = x.batch * M * bytes >= kStreamBytes;
     each_place(groups, [&] {
         return [&, sum = Buffer<T>(), copy = Buffer<In>()](int64_t image, int64_t place) mutable {
             const int32_t *const begin = groups.begin(image, place), *const end = groups.end(image, place);
@@ -203,9 +168,7 @@ void forward(const Tokens<In>& x, const Table<Wide<In>>& weight, const Groups& g
             const auto share = [&](int32_t i) {
                 return !mean ? T(1) : share_of(weight.data ? weight.at(image, i) : T(1), weights);
             };
-            if (end - begin == 1 && (largest || share(*begin) == 1))
-                return copy_row(x.row(image, *begin, copy), bytes, stream, out);
-            if (largest) {
+            if (largest || (end - begin == 1 && share(*begin) == 1)) {
                 std::memcpy(out, x.row(image, *begin, copy), bytes);
                 for (const int32_t* i = begin + 1; i < end; ++i)
                     take_larger(x.row(image, *i, copy), C, out);
@@ -258,7 +221,6 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
               Wide<In>* dweight) {
     using T = Wide<In>;
     const int64_t C = grad.width, bytes = C * static_cast<int64_t>(sizeof(In)), N = groups.count;
-    const bool stream = dx && grad.batch * N * bytes >= kStreamBytes;
     struct Scratch {
         Buffer<In> grad, x, largest;
         Buffer<T> mean;
@@ -301,7 +263,7 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
                     In* const out = dx + (image * N + *i) * C;
                     const T share = mean ? share_of(w, total) : T(1);
                     if (share == 1)
-                        copy_row(g, bytes, stream, out);
+                        std::memcpy(out, g, bytes);
                     else if (share == 0)
                         std::fill_n(out, C, In(0));
                     else

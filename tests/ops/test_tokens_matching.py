@@ -153,8 +153,11 @@ def test_ties_and_zero_vectors(backend: str) -> None:
         zeros = bipartite_match(torch.zeros(1, 9, 3), 3)
         later = F.one_hot(torch.tensor([[0, 1, 0, 0, 2, 0, 1, 2, 2]])).float()  # the first of those equally near
         later = bipartite_match(later, 4, protect=0)
+        between = torch.tensor([[[0.0, 0], [-1, 0], [1, 0], [0, 0], [-1, 0], [-1, 0]]])  # 0: nearer than what points away
+        between = bipartite_match(between, 3, protect=0)
     for match in (same, zeros):  # the lowest places of A, into the lowest of B
         assert match.source.tolist() == [[2, 4, 6]] and match.kept[0, match.target[0]].tolist() == [1, 1, 1]
+    assert between.source.tolist() == [[4, 0, 2]] and between.kept[0, between.target[0]].tolist() == [1, 1, 3]
     assert later.source.tolist() == [[0, 2, 4, 6]] and later.kept[0, later.target[0]].tolist() == [3, 3, 7, 1]
 
 

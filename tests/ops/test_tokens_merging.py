@@ -294,7 +294,7 @@ def test_autocast_changes_nothing(backend: str) -> None:
     assert equal(found, expected)
 
 
-# --- layouts, large results, threads, torch's machinery ---------------------------------------------------------------
+# --- layouts, threads, torch's machinery ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -316,21 +316,6 @@ def test_layouts(dtype: torch.dtype, backend: str) -> None:
         y.sum().backward()  # the gradient that comes in is expanded
         expected = (1 / size).gather(1, match.index)[..., None].expand(leaf.shape)
         assert torch.equal(leaf.grad, expected.to(dtype))
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_results_that_go_past_the_caches(dtype: torch.dtype) -> None:
-    """Rows of an odd length, so that they begin anywhere; the same rows image by image stay in the cache."""
-    count = 5_200_000 // 1031 // 2 * (2 if dtype == torch.bfloat16 else 1)
-    x, match = tokens(2, count, 1031, dtype=torch.float32).to(dtype), bipartite_match(tokens(2, count, 2), count // 10)
-    y, size = merge(x, match)
-    back = unmerge(y, match)
-    assert y.nbytes > 16 << 20 > y[0].nbytes
-    for i in range(2):
-        one = Match(*(t[i : i + 1] for t in match))
-        alone, its_size = merge(x[i : i + 1], one)
-        assert equal([y[i : i + 1], size[i : i + 1]], [alone, its_size]) and torch.equal(back[i], y[i, match.index[i]])
 
 
 @needs_library

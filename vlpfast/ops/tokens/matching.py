@@ -157,12 +157,18 @@ def _match(metric, a, b, every, protect, r, order, mask) -> Match:
         n = metric.shape[1]
         index = torch.arange(n, device=metric.device).expand(metric.shape[0], n)
         return Match(index, index.view_as(index), index[:, :0], index[:, :0])  # Dynamo refuses one tensor twice in a Function
+    device = metric.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # similarities are not rounded
+            return _match(metric, a, b, every, protect, r, order, mask)
     metric = metric.detach()
-    if backends.choose("match", KERNELS, metric.device, metric.dtype) == "reference":
+    backend = backends.choose("match", KERNELS, metric.device, metric.dtype)
+    if backend == "reference":
         if a is None:
             a, b = reference.split(metric.shape[1], every, metric.device)
         return Match(*reference.match(metric, a, b, protect, r, order == "score", mask))
-    return Match(*torch.ops.vlpfast.match_fwd(metric, a, b, every, protect, r, order == "score", mask))
+    operator = torch.ops.vlpfast.match_fwd_triton if backend == "triton" else torch.ops.vlpfast.match_fwd
+    return Match(*operator(metric, a, b, every, protect, r, order == "score", mask))
 
 
 def _check_metric(metric: Any, mask: Any) -> None:

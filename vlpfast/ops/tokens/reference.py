@@ -30,9 +30,8 @@ def match(
     device = metric.device
     may = torch.arange(n, device=device) >= protect  # [N] be merged at all
     real = metric.new_ones((batch, n), dtype=torch.bool) if mask is None else mask
-    with torch.autocast(device.type, enabled=False):
-        unit = unit_tokens(metric.to(accumulate_dtype(metric.dtype)))
-        similarity = unit[:, a] @ unit[:, b].mT  # [B, Na, Nb]
+    unit = unit_tokens(metric.to(accumulate_dtype(metric.dtype)))
+    similarity = unit[:, a] @ unit[:, b].mT  # [B, Na, Nb]
     real_b, padding_b = (may & real)[:, b], (may & ~real)[:, b]
     best, to = similarity.masked_fill(~real_b[:, None] | similarity.isnan(), -torch.inf).max(-1)  # the first on ties
 
