@@ -12,6 +12,15 @@ template <class In, class Out> VLPFAST_CLONES void convert(const In* in, int64_t
         out[i] = static_cast<Out>(in[i]);
 }
 
+// `count` pieces of n elements, `from` and `to` elements apart.
+template <class In, class Out>
+VLPFAST_CLONES void convert(const In* in, int64_t from, int64_t count, int64_t n, Out* out, int64_t to) {
+    for (int64_t i = 0; i < count; ++i) {
+        for (int64_t j = 0; j < n; ++j)
+            out[i * to + j] = static_cast<Out>(in[i * from + j]);
+    }
+}
+
 template <class T> class Reader {
   public:
     Reader() = default;
@@ -31,6 +40,10 @@ template <class T> class Reader {
     void copy(int64_t at, int64_t n, T* out) const {
         with_floating_pointer(data_, dtype_, [&](auto* data) { convert(data + at, n, out); });
     }
+    // `count` pieces of n elements that lie one behind another; in `out` they are `stride` apart.
+    void copy(int64_t at, int64_t count, int64_t n, T* out, int64_t stride) const {
+        with_floating_pointer(data_, dtype_, [&](auto* data) { convert(data + at, n, count, n, out, stride); });
+    }
 
   private:
     const void* data_ = nullptr;
@@ -46,6 +59,12 @@ template <class T> class Writer {
         with_floating_pointer(data_, dtype_, [&](auto* data) {
             using Out = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
             convert(in, n, const_cast<Out*>(data) + at);
+        });
+    }
+    void write(int64_t at, int64_t count, int64_t n, const T* in, int64_t stride) const {
+        with_floating_pointer(data_, dtype_, [&](auto* data) {
+            using Out = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+            convert(in, stride, count, n, const_cast<Out*>(data) + at, n);
         });
     }
 
