@@ -272,9 +272,7 @@ _SEGMENT_POOL_BWD = (
 )
 # q [B, Tq, P, H * Dq], k [B, T, P, H * Dq], v [B, T, P, H * Dv], out and grad [B, Tq, P, H * Dv], all of one dtype, their last
 # dimension dense; Tq and T at most 32; keep [B, T] bool, True: seen.
-_TEMPORAL_ATTENTION_FWD = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? keep, SymInt heads, float scale, bool causal) -> Tensor out"
-)
+_TEMPORAL_ATTENTION_FWD = "(Tensor q, Tensor k, Tensor v, Tensor? keep, SymInt heads, float scale, bool causal) -> Tensor out"
 _TEMPORAL_ATTENTION_BWD = (
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? keep, SymInt heads, float scale, bool causal) "
     "-> (Tensor dq, Tensor dk, Tensor dv)"

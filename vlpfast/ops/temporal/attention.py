@@ -37,8 +37,8 @@ def temporal_attention(
         scale: Dq ** -0.5 unless given.
 
     Returns:
-        [B, Tq, P, H * Dv], contiguous. The kernels take up to 32 frames on both sides, and their backward makes the weights again;
-        longer clips go through torch's scaled_dot_product_attention on permuted views.
+        [B, Tq, P, H * Dv], contiguous. The kernels take up to 32 frames on both sides, and their backward makes the weights
+        again; longer clips go through torch's scaled_dot_product_attention on permuted views.
 
     Raises:
         TypeError, ValueError: a wrong argument, named.
