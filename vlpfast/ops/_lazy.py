@@ -17,6 +17,10 @@ KERNELS = {
     "pair_softplus_triton": ("contrastive.triton_softplus", "forward"),
     "maxsim_fwd_triton": ("maxsim.triton_kernels", "forward"),
     "maxsim_bwd_triton": ("maxsim.triton_kernels", "backward"),
+    "segment_pool_fwd_triton": ("temporal.triton_segments", "forward"),
+    "segment_pool_bwd_triton": ("temporal.triton_segments", "backward"),
+    "temporal_attention_fwd_triton": ("temporal.triton_attention", "forward"),
+    "temporal_attention_bwd_triton": ("temporal.triton_attention", "backward"),
 }
 
 
