@@ -82,7 +82,7 @@ def _score_shift(score, begin, end, HEADS, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _pool(
+def _pool_segments(
     out, x, start, score, WIDTH, HEADS, DEPTH, row, column,
     MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _pool(
 
 
 @triton.jit
-def _pool_gradient(
+def _segments_gradient(
     dx, grad, x, start, WIDTH, row, column, grad_row, grad_column,
     MODE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +228,7 @@ def forward(x: Tensor, start: Tensor, score: Tensor | None, mode: int) -> Tensor
     out = x.new_empty(segments, width)
     chosen = tile("segment_pool", x, width // heads)
     launch(
-        _pool, (segments * heads * cdiv(width // heads, chosen["BLOCK_N"]),),
+        _pool_segments, (segments * heads * cdiv(width // heads, chosen["BLOCK_N"]),),
         out=out, x=x, start=start, score=score, WIDTH=width, HEADS=heads, DEPTH=width // heads,
         row=x.stride(0), column=x.stride(1), MODE=mode, **chosen,
     )  # fmt: skip
@@ -249,7 +249,7 @@ def backward(
         chosen = tile("segment_pool", grad, width)
         if need_x:
             grid = (segments * cdiv(width, chosen["BLOCK_N"]),)
-            launch(_pool_gradient, grid, dx=dx, MODE=mode, **common, **chosen)
+            launch(_segments_gradient, grid, dx=dx, MODE=mode, **common, **chosen)
         return dx, grad.new_empty(0, 0, dtype=torch.float32)
     heads = score.shape[1]
     dscore = grad.new_empty((length, heads) if need_score else (0, 0), dtype=torch.float32)
