@@ -27,10 +27,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vlpfast.ops import _triton
+from vlpfast.ops._schemas import SEGMENT_MODES
 from vlpfast.ops._triton import Launch
 from vlpfast.ops.contrastive import triton_distill, triton_pair, triton_sample, triton_softplus
 from vlpfast.ops.contrastive.distill import triton_width
 from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
+from vlpfast.ops.temporal import triton_attention, triton_segments
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -91,6 +93,22 @@ def maxsim(dtype: torch.dtype, m: int, p: int, n: int, t: int, d: int, both: boo
     triton_maxsim.backward(x_to_y, y_to_x if both else None, *problem, True, False, *winners, True, True)
 
 
+def segment_pool(dtype: torch.dtype, mode: int) -> None:
+    """256 segments of 24576 tokens together; scores of 12 heads."""
+    x = torch.empty(24576, 768, dtype=dtype, device="meta")
+    start = torch.empty(257, dtype=torch.int64, device="meta")
+    score = torch.empty(24576, 12, device="meta") if SEGMENT_MODES[mode] == "attention" else None
+    pooled = triton_segments.forward(x, start, score, mode)
+    triton_segments.backward(pooled, x, start, score, 24576, mode, True, score is not None)
+
+
+def temporal_attention(dtype: torch.dtype, frames: int) -> None:
+    """12 heads at 8 x 196 positions, from one product of queries, keys and values."""
+    q, k, v = torch.empty(8, frames, 196, 3 * 768, dtype=dtype, device="meta").chunk(3, -1)
+    out = triton_attention.forward(q, k, v, None, 12, 0.125, False)
+    triton_attention.backward(out, q, k, v, None, 12, 0.125, False)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
@@ -104,6 +122,12 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "maxsim, 128 x 128 sets of 197 and 77, D 256, both ways": lambda dtype: maxsim(dtype, 128, 197, 128, 77, 256, True),
     "sample_hard_negatives": lambda dtype: sample_hard_negatives(dtype, 0.0),
     "sample_hard_negatives, uniform part": lambda dtype: sample_hard_negatives(dtype, 1e-4),
+    "segment_pool, mean": lambda dtype: segment_pool(dtype, 0),
+    "segment_pool, max": lambda dtype: segment_pool(dtype, 1),
+    "segment_pool, logsumexp": lambda dtype: segment_pool(dtype, 2),
+    "segment_pool, attention": lambda dtype: segment_pool(dtype, 3),
+    "temporal_attention, 8 frames": lambda dtype: temporal_attention(dtype, 8),
+    "temporal_attention, 32 frames": lambda dtype: temporal_attention(dtype, 32),
 }
 
 
@@ -190,6 +214,10 @@ def variant(launch: Launch) -> str:
     along = {1: " (rows)", 0: " (columns)", None: ""}[launch.arguments.get("ALONG")]
     if "kept_line" in launch.arguments:
         along = " (rows)" if launch.arguments["kept_other"] == 1 else " (columns)"
+    if "MODE" in launch.arguments:
+        along = f", {SEGMENT_MODES[launch.arguments['MODE']]}"
+    if "QUERIES" in launch.arguments:
+        along = f", {launch.arguments['QUERIES']} frames"
     parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
     kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
     sums = ", summed" if launch.arguments.get("row_partial") is not None else ""

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from vlpfast.nn.pooling import AttentionPool, sinusoids
+from vlpfast.nn.pooling import AttentionPool, PoolingProjector, sinusoids
+from vlpfast.ops import temporal
 from vlpfast.types import UserError
 
 
@@ -98,3 +100,14 @@ def test_wrong_arguments() -> None:
         pool()(x, torch.ones(5, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="position: expected None without positions"):
         pool(positions="none")(x, position=torch.arange(5))
+
+
+@pytest.mark.skipif(not hasattr(temporal, "pool_tokens"), reason="waits for vlpfast.ops.temporal.pool_tokens")
+@pytest.mark.parametrize("out", [(4, 2, 3), (2, 3, 5), (None, 3, None)])
+def test_pooling_projector(out: tuple[int | None, ...]) -> None:
+    """Pooling after the second layer, as the paper has it, is the same."""
+    torch.manual_seed(0)
+    projector, x = PoolingProjector(8, 12, out), torch.randn(2, 4, 6, 6, 8)
+    projected = projector.fc2(F.gelu(projector.fc1(x))).permute(0, 4, 1, 2, 3)
+    expected = F.adaptive_avg_pool3d(projected, out).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(projector(x), expected, rtol=1e-5, atol=1e-6)

@@ -1,14 +1,15 @@
-"""One vector from many: slices of a volume, frames of a clip."""
+"""Fewer vectors from many: one of a volume's slices or a clip's frames, a smaller grid of a video's tokens."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.nn.attention import Attention, Backend
-from vlpfast.ops.temporal import segment_pool
+from vlpfast.ops import temporal
 from vlpfast.types import UserError
 
 
@@ -66,7 +67,7 @@ class AttentionPool(nn.Module):
         if mask is not None:
             score = score.masked_fill(~mask, -torch.inf)
         volumes = count * torch.arange(batch + 1, device=x.device)
-        return segment_pool(y.flatten(0, 1), volumes, "attention", score=score.flatten())
+        return temporal.segment_pool(y.flatten(0, 1), volumes, "attention", score=score.flatten())
 
 
 def sinusoids(position: Tensor, width: int) -> Tensor:
@@ -74,3 +75,22 @@ def sinusoids(position: Tensor, width: int) -> Tensor:
     rate = 1e4 ** (-torch.arange(width // 2, device=position.device, dtype=torch.float32) / (width // 2))
     angle = position[..., None] * rate
     return torch.cat((angle.sin(), angle.cos()), -1)
+
+
+class PoolingProjector(nn.Module):
+    """PLLaVA's projector of video tokens (Xu et al. 2024): linear, GELU, linear, and adaptive mean pooling to the places `out`.
+
+    A mean commutes with a linear layer, so the pooling stands before the second one, which then has fewer rows (a quarter in
+    PLLaVA's setting, 16 x 24 x 24 to 16 x 12 x 12). The activation must stay before it.
+    """
+
+    def __init__(self, width: int, out_width: int, out: tuple[int | None, int | None, int | None] = (16, 12, 12)) -> None:
+        """out: (t, h, w), None keeps an axis as it is."""
+        super().__init__()
+        self.out = out
+        self.fc1 = nn.Linear(width, out_width)
+        self.fc2 = nn.Linear(out_width, out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, H, W, width] -> [B, t * h * w, out_width], in this order."""
+        return self.fc2(temporal.pool_tokens(F.gelu(self.fc1(x)), self.out).flatten(1, 3))
