@@ -98,6 +98,8 @@ def test_wrong_arguments() -> None:
     x = torch.randn(2, 5, 16)
     with pytest.raises(ValueError, match=r"mask: expected shape \(2, 5\), got \(5, 2\)"):
         pool()(x, torch.ones(5, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"mask: expected torch\.bool, got torch\.float32"):
+        pool()(x, torch.ones(2, 5))
     with pytest.raises(ValueError, match="position: expected None without positions"):
         pool(positions="none")(x, position=torch.arange(5))
 

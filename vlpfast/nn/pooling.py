@@ -50,6 +50,8 @@ class AttentionPool(nn.Module):
         """x [B, N, width] slices or frames; mask [B, N] bool, True = there: the others do not count, whatever number they hold,
         and a volume without any gives 0; position [N] or [B, N], 0 to N - 1 unless given -> [B, width]."""
         batch, count, width = x.shape
+        if mask is not None and mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected torch.bool, got {mask.dtype}")
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask: expected shape {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
         y = x

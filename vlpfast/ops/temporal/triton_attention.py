@@ -129,7 +129,7 @@ def _attend_gradient(
 
 def forward(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, heads: int, scale: float, causal: bool) -> Tensor:
     out = q.new_empty(*q.shape[:3], v.shape[3])
-    launch(_attend, _grid(q, heads), out=out, **_arguments(q, k, v, keep, heads, scale, causal))
+    launch(_attend, _grid(q, heads), out=out, **_arguments(q, k, v, keep, heads, scale, causal, 1024))
     return out
 
 
@@ -139,7 +139,7 @@ def backward(
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     launch(
         _attend_gradient, _grid(q, heads), dq=dq, dk=dk, dv=dv, grad=grad, **_strides("grad", grad),
-        **_arguments(q, k, v, keep, heads, scale, causal),
+        **_arguments(q, k, v, keep, heads, scale, causal, 512),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -148,17 +148,19 @@ def _grid(q: Tensor, heads: int) -> tuple[int]:
     return (q.shape[0] * q.shape[2] * heads,)
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, heads: int, scale: float, causal: bool) -> dict[str, Any]:
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, heads: int, scale: float, causal: bool, share: int
+) -> dict[str, Any]:
+    """share: how many of a tile's elements a warp holds, of each of the tiles."""
     depth, wide = q.shape[3] // heads, v.shape[3] // heads
     blocks = [triton.next_power_of_2(max(1, n)) for n in (q.shape[1], depth, wide)]
-    elements = blocks[0] * max(blocks[1:])
     return {
         "q": q, "k": k, "v": v, "keep": None if keep is None else keep.view(torch.uint8),
         "QUERIES": q.shape[1], "FRAMES": k.shape[1], "POSITIONS": q.shape[2], "HEADS": heads, "DEPTH": depth, "WIDE": wide,
         "scale": scale, **_strides("q", q), **_strides("k", k), **_strides("v", v),
         "keep_clip": 0 if keep is None else keep.stride(0), "keep_frame": 0 if keep is None else keep.stride(1),
         "CAUSAL": causal, "BLOCK_T": blocks[0], "BLOCK_D": blocks[1], "BLOCK_V": blocks[2],
-        "num_warps": min(8, max(1, elements // 512)), "num_stages": 2,
+        "num_warps": min(8, max(1, blocks[0] * max(blocks[1:]) // share)), "num_stages": 2,
     }  # fmt: skip
 
 
