@@ -27,11 +27,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vlpfast.ops import _triton
+from vlpfast.ops._schemas import SEGMENT_MODES
 from vlpfast.ops._triton import Launch
 from vlpfast.ops.contrastive import triton_distill, triton_pair, triton_sample, triton_softplus
 from vlpfast.ops.contrastive.distill import triton_width
 from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
 from vlpfast.ops.maxsim import triton_score
+from vlpfast.ops.temporal import triton_attention, triton_segments
 from vlpfast.ops.temporal import triton_kernels as triton_temporal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +124,22 @@ def score_contrastive_loss(dtype: torch.dtype, smoothing: bool) -> None:
     triton_score.forward(x_to_y, y_to_x, scale, *options, 0, 0.0, 0.5, 0.5, True, True, True)
 
 
+def segment_pool(dtype: torch.dtype, mode: int) -> None:
+    """256 segments of 24576 tokens together; scores of 12 heads."""
+    x = torch.empty(24576, 768, dtype=dtype, device="meta")
+    start = torch.empty(257, dtype=torch.int64, device="meta")
+    score = torch.empty(24576, 12, device="meta") if SEGMENT_MODES[mode] == "attention" else None
+    pooled = triton_segments.forward(x, start, score, mode)
+    triton_segments.backward(pooled, x, start, score, 24576, mode, True, score is not None)
+
+
+def temporal_attention(dtype: torch.dtype, frames: int) -> None:
+    """12 heads at 8 x 196 positions, from one product of queries, keys and values."""
+    q, k, v = torch.empty(8, frames, 196, 3 * 768, dtype=dtype, device="meta").chunk(3, -1)
+    out = triton_attention.forward(q, k, v, None, 12, 0.125, False)
+    triton_attention.backward(out, q, k, v, None, 12, 0.125, False)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
@@ -141,6 +159,12 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "channel_shift, 16 frames of 256 x 56 x 56": lambda dtype: frame_shift(dtype, False),
     "pool_tokens, mean": lambda dtype: pool_tokens(dtype, False),
     "pool_tokens, largest": lambda dtype: pool_tokens(dtype, True),
+    "segment_pool, mean": lambda dtype: segment_pool(dtype, 0),
+    "segment_pool, max": lambda dtype: segment_pool(dtype, 1),
+    "segment_pool, logsumexp": lambda dtype: segment_pool(dtype, 2),
+    "segment_pool, attention": lambda dtype: segment_pool(dtype, 3),
+    "temporal_attention, 8 frames": lambda dtype: temporal_attention(dtype, 8),
+    "temporal_attention, 32 frames": lambda dtype: temporal_attention(dtype, 32),
 }
 
 
@@ -229,6 +253,10 @@ def variant(launch: Launch) -> str:
         along = " (rows)" if launch.arguments["kept_other"] == 1 else " (columns)"
     if launch.kernel.__name__ in ("_pool", "_pool_gradient") and launch.arguments["winners"] is not None:
         along = ", largest"
+    if "MODE" in launch.arguments:
+        along = f", {SEGMENT_MODES[launch.arguments['MODE']]}"
+    if "QUERIES" in launch.arguments:
+        along = f", {launch.arguments['QUERIES']} frames"
     parts = launch.arguments.get("FIRST"), launch.arguments.get("WHOLE")
     kept = ", kept" if launch.arguments.get("kept_rows") is not None else ""
     sums = ", summed" if launch.arguments.get("row_partial") is not None else ""

@@ -12,6 +12,12 @@ counted for float32: with half types they are half of what is shown.
     shift, train  with its gradient
     roll          All-in-one's rolling of N tokens, fold = N / 8, forward alone
     roll, train   with its gradient
+    attention           12 heads over T frames at each of P positions, from one product of queries, keys and values [B, T, P, 3 C]
+    attention, train    with its gradient, which is one tensor again
+    segments            the mean of segments of 48 to 96 tokens of C channels, L tokens together
+    segments, train     with its gradient
+    scores              their mean weighted by the softmax of scores, forward alone
+    scores, train       with the tokens' gradient
 How time, memory and errors are taken is told in benchmarks/_measure.py.
 """
 
@@ -28,7 +34,9 @@ import torch.nn.functional as F
 from _measure import Formulation, Inputs, Size, Subject
 from torch import Tensor
 
-from vlpfast.ops.temporal import channel_shift, pool_tokens, token_roll
+from vlpfast.ops.temporal import channel_shift, pool_tokens, segment_pool, temporal_attention, token_roll
+
+HEADS = 12
 
 
 class _Taken(torch.autograd.Function):
@@ -59,6 +67,25 @@ def inputs(shape: tuple[int, ...], grad: tuple[int, ...] | None, dtype: torch.dt
     return {"x": x.requires_grad_(), "grad": torch.randn(grad, generator=generator).to(device, dtype)}
 
 
+def lengths(tokens: int) -> list[int]:
+    """Of segments: 3/4 of the longest on average, 96 tokens."""
+    cycle = (96, 48, 72, 96, 60, 84, 48, 72)
+    found: list[int] = []
+    while sum(found) < tokens:
+        found.append(min(cycle[len(found) % 8], tokens - sum(found)))
+    return found
+
+
+def starts(x: Tensor) -> Tensor:
+    return torch.tensor([0, *lengths(len(x))], device=x.device).cumsum(0)
+
+
+def scores(x: Tensor) -> Tensor:
+    return torch.linspace(
+        -20, 20, len(x), device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+    ).sin()
+
+
 # --- the papers' forms, written from their definitions ----------------------------------------------------------------
 
 
@@ -83,6 +110,26 @@ def roll_eager(x: Tensor) -> Tensor:
     return torch.cat([first, before.roll(1, 1), middle, after.roll(-1, 1)], 2)
 
 
+def attention_eager(x: Tensor) -> Tensor:
+    """Positions among clips for torch's attention, and back."""
+    batch, _, positions, _ = x.shape
+    q, k, v = x.unflatten(-1, (3, HEADS, -1)).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # [B * P, H, T, D] each
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.unflatten(0, (batch, positions)).permute(0, 3, 1, 2, 4).flatten(3)
+
+
+def segments_eager(x: Tensor) -> Tensor:
+    return torch.segment_reduce(x, "mean", lengths=torch.tensor(lengths(len(x)), device=x.device))
+
+
+def scores_eager(x: Tensor) -> Tensor:
+    """Padded segments, softmax, a product."""
+    parts = lengths(len(x))
+    tokens = torch.nn.utils.rnn.pad_sequence(x.split(parts), batch_first=True)  # [S, longest, C]
+    score = torch.nn.utils.rnn.pad_sequence(scores(x).split(parts), batch_first=True, padding_value=-torch.inf)
+    return (score.softmax(1).to(x.dtype)[:, None] @ tokens)[:, 0]
+
+
 # --- subjects ---------------------------------------------------------------------------------------------------------
 
 
@@ -91,7 +138,12 @@ class Kind:
     function: Callable[[Tensor], Tensor]  # vlpfast's
     eager: Callable[[Tensor], Tensor]
     shapes: Callable[[Size], tuple[tuple[int, ...], tuple[int, ...]]]  # of x and of the result
-    moved: float  # numbers that are read and written, by one forward or one backward, beside those of x
+    moved: float  # numbers that are read and written by one forward, beside those of x
+    moved_back: float | None = None  # by one backward, if it is another number
+
+
+def tokens(s: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (s["l"], s["c"]), (len(lengths(s["l"])), s["c"])
 
 
 KINDS = {
@@ -108,6 +160,15 @@ KINDS = {
         2,
     ),
     "roll": Kind(lambda x: token_roll(x, x.shape[2] // 8), roll_eager, lambda s: ((s["b"], s["t"], s["n"], s["c"]),) * 2, 2),
+    "attention": Kind(
+        lambda x: temporal_attention(*x.chunk(3, -1), HEADS),
+        attention_eager,
+        lambda s: ((s["b"], s["t"], s["p"], 3 * s["c"]), (s["b"], s["t"], s["p"], s["c"])),
+        4 / 3,
+        7 / 3,
+    ),
+    "segments": Kind(lambda x: segment_pool(x, starts(x)), segments_eager, tokens, 1),
+    "scores": Kind(lambda x: segment_pool(x, starts(x), "attention", score=scores(x)), scores_eager, tokens, 1),
 }
 
 
@@ -124,7 +185,9 @@ def formulations(kind: str, train: bool) -> dict[str, Formulation]:
 
 
 def subject(kind: str, train: bool, cpu: Size, cuda: Size, quick: Size) -> Subject:
-    shapes, moved = KINDS[kind].shapes, KINDS[kind].moved
+    shapes, moved, moved_back = KINDS[kind].shapes, KINDS[kind].moved, KINDS[kind].moved_back
+    if train and moved_back is not None:
+        moved = (moved + moved_back) / 2
     return Subject(
         "eager",
         lambda size, dtype, device: inputs(shapes(size)[0], shapes(size)[1] if train else None, dtype, device),
@@ -149,6 +212,9 @@ SIZES = {
     ),
     "shift": (size(b=2, t=8, h=56, w=56, c=256), size(b=16, t=8, h=56, w=56, c=256), size(b=2, t=8, h=20, w=20, c=64)),
     "roll": (size(b=8, t=8, n=197, c=768), size(b=64, t=8, n=197, c=768), size(b=2, t=4, n=197, c=128)),
+    "attention": (size(b=2, t=8, p=196, c=768), size(b=32, t=8, p=196, c=768), size(b=1, t=8, p=20, c=192)),
+    "segments": (size(l=16384, c=768), size(l=262144, c=768), size(l=500, c=96)),
+    "scores": (size(l=16384, c=768), size(l=262144, c=768), size(l=500, c=96)),
 }
 SUBJECTS = {
     f"{kind}, train" if train else kind: subject(kind, train, *sizes) for kind, sizes in SIZES.items() for train in (False, True)

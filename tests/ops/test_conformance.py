@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import conformance_frames  # noqa: F401  (these add their rows)
+import conformance_tokens  # noqa: F401
 import pytest
 import torch
 from conformance import OPS, compare
@@ -34,6 +36,9 @@ MAXSIM = {"no token in x", "no token in y", "no set of y", "width 0", "one of ea
 MAXSIM |= {"masks, zero", "masks, y to x", "packed", "packed, own", "packed, y to x", "width 1031", "197, 77", "strided"}
 MAXSIM_AGAIN = {"no token in x", "own, masks", "packed, y to x", "strided"}
 HALF_MAXSIM = {"33, 25", "packed, own"}
+# Segments and attention over frames: these in float32, some in bfloat16.
+FRAMES = {"empty ones between", "strided", "width 1", "no key", "one frame's queries", "wide values", "mask, causal"}
+HALF_FRAMES = {"empty ones between", "mask, causal"}
 
 
 def marks(op: str, backend: str, dtype: torch.dtype, case: str) -> list[pytest.MarkDecorator]:
@@ -43,6 +48,9 @@ def marks(op: str, backend: str, dtype: torch.dtype, case: str) -> list[pytest.M
         return [pytest.mark.gpu]
     if op.startswith("maxsim"):
         chosen = (MAXSIM if "stash" in op else MAXSIM_AGAIN) if dtype == torch.float32 else HALF_MAXSIM
+        return [] if case in chosen else [pytest.mark.interpreter]
+    if op.startswith(("segment_pool", "temporal_attention")):
+        chosen = {torch.float32: FRAMES, torch.bfloat16: HALF_FRAMES}.get(dtype, set())
         return [] if case in chosen else [pytest.mark.interpreter]
     usual = "pair_logsumexp" in op and dtype == torch.bfloat16 and case not in LARGE
     older = op.startswith(("pair_logsumexp", "clip_loss"))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import OPS, TIES, compare, frames, relative_error
+from conformance import OPS, compare, relative_error
+from conformance_frames import TIES, frames
 from test_temporal_shift import BACKENDS, WITH_TRITON, needs_library, two_threads  # noqa: F401  (two_threads: a fixture)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode

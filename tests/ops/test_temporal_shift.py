@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import OPS, compare, frames, strided_frames
+from conformance import OPS, compare
+from conformance_frames import frames, strided_frames
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

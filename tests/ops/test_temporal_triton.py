@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance import OPS, compare, frames
+from conformance import OPS, compare
+from conformance_frames import frames
 from test_temporal_pool import on
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import images, strided_images
+from conformance_tokens import images, strided_images
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

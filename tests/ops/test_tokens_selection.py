@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import images, mask, strided_images
+from conformance import mask
+from conformance_tokens import images, strided_images
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -22,6 +22,10 @@ KERNELS = {
     "pool_tokens_fwd_triton": ("temporal.triton_kernels", "pool_tokens_fwd"),
     "pool_tokens_bwd_triton": ("temporal.triton_kernels", "pool_tokens_bwd"),
     "score_ce_fwd_triton": ("maxsim.triton_score", "forward"),
+    "segment_pool_fwd_triton": ("temporal.triton_segments", "forward"),
+    "segment_pool_bwd_triton": ("temporal.triton_segments", "backward"),
+    "temporal_attention_fwd_triton": ("temporal.triton_attention", "forward"),
+    "temporal_attention_bwd_triton": ("temporal.triton_attention", "backward"),
 }
 
 

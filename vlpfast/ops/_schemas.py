@@ -467,3 +467,56 @@ def _(x_to_y, y_to_x, scale: Tensor, smoothing, row_weights, col_weights, own, l
       need_x_to_y, need_y_to_x, need_scale):  # fmt: skip
     m, n = (y_to_x if x_to_y is None else x_to_y).shape
     return scale.new_empty(()), scale.new_empty((need_x_to_y + need_y_to_x) * m * n + need_scale)
+
+
+# --- segments, attention over frames ----------------------------------------------------------------------------------
+
+SEGMENT_MODES = ("mean", "max", "logsumexp", "attention")  # `mode` is the place here
+
+# x [L, C]; start [S + 1] int64; score [L, H] contiguous in the accumulating dtype, with "attention" alone. pooled [S, C] in x's
+# dtype. In the backward grad has x's dtype, x is absent for "mean", `length` is L; what is not needed comes back empty.
+_SEGMENT_POOL_FWD = "(Tensor x, Tensor start, Tensor? score, int mode) -> Tensor pooled"
+_SEGMENT_POOL_BWD = (
+    "(Tensor grad, Tensor? x, Tensor start, Tensor? score, SymInt length, int mode, bool need_x, bool need_score) "
+    "-> (Tensor dx, Tensor dscore)"
+)
+# q [B, Tq, P, H * Dq], k [B, T, P, H * Dq], v [B, T, P, H * Dv], out and grad [B, Tq, P, H * Dv], all of one dtype, their last
+# dimension dense; Tq and T at most 32; keep [B, T] bool, True: seen.
+_TEMPORAL_ATTENTION_FWD = "(Tensor q, Tensor k, Tensor v, Tensor? keep, SymInt heads, float scale, bool causal) -> Tensor out"
+_TEMPORAL_ATTENTION_BWD = (
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? keep, SymInt heads, float scale, bool causal) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)"
+)
+for _suffix in ("", "_triton"):
+    for _name, _schema in (
+        ("segment_pool_fwd", _SEGMENT_POOL_FWD),
+        ("segment_pool_bwd", _SEGMENT_POOL_BWD),
+        ("temporal_attention_fwd", _TEMPORAL_ATTENTION_FWD),
+        ("temporal_attention_bwd", _TEMPORAL_ATTENTION_BWD),
+    ):
+        torch.library.define(f"vlpfast::{_name}{_suffix}", _schema, tags=torch.Tag.pt2_compliant_tag)
+
+
+@torch.library.register_fake("vlpfast::segment_pool_fwd")
+@torch.library.register_fake("vlpfast::segment_pool_fwd_triton")
+def _(x: Tensor, start, score, mode):
+    return x.new_empty((start.shape[0] - 1, x.shape[1]))
+
+
+@torch.library.register_fake("vlpfast::segment_pool_bwd")
+@torch.library.register_fake("vlpfast::segment_pool_bwd_triton")
+def _(grad: Tensor, x, start, score, length, mode, need_x, need_score):
+    dscore = (length, score.shape[1]) if need_score else (0, 0)
+    return grad.new_empty((length if need_x else 0, grad.shape[1])), grad.new_empty(dscore, dtype=accumulate_dtype(grad.dtype))
+
+
+@torch.library.register_fake("vlpfast::temporal_attention_fwd")
+@torch.library.register_fake("vlpfast::temporal_attention_fwd_triton")
+def _(q: Tensor, k, v: Tensor, keep, heads, scale, causal):
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+@torch.library.register_fake("vlpfast::temporal_attention_bwd")
+@torch.library.register_fake("vlpfast::temporal_attention_bwd_triton")
+def _(grad, q: Tensor, k: Tensor, v: Tensor, keep, heads, scale, causal):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -179,3 +179,29 @@ def _(grad_shape, x_shape, score_shape, mask_shape, indices_shape, fuse, normali
 def _(*args, out_shape=None, **kwargs) -> int:
     """No product."""
     return 0
+
+
+@register_flop_formula([torch.ops.vlpfast.segment_pool_fwd, torch.ops.vlpfast.segment_pool_fwd_triton])
+def _(x_shape, *args, out_shape=None, **kwargs) -> int:
+    """One for each element: an addition or a comparison."""
+    return x_shape[0] * x_shape[1]
+
+
+@register_flop_formula([torch.ops.vlpfast.segment_pool_bwd, torch.ops.vlpfast.segment_pool_bwd_triton])
+def _(grad_shape, x_shape, start_shape, score_shape, length, *args, out_shape=None, **kwargs) -> int:
+    return length * grad_shape[1]
+
+
+def _frame_pairs(q_shape, k_shape) -> int:
+    return q_shape[0] * q_shape[2] * q_shape[1] * k_shape[1]
+
+
+@register_flop_formula([torch.ops.vlpfast.temporal_attention_fwd, torch.ops.vlpfast.temporal_attention_fwd_triton])
+def _(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * _frame_pairs(q_shape, k_shape) * (q_shape[3] + v_shape[3])
+
+
+@register_flop_formula([torch.ops.vlpfast.temporal_attention_bwd, torch.ops.vlpfast.temporal_attention_bwd_triton])
+def _(grad_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    """Scores again and three products of q and k, two of values."""
+    return 2 * _frame_pairs(q_shape, k_shape) * (3 * q_shape[3] + 2 * v_shape[3])

@@ -26,8 +26,10 @@ from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.ops.maxsim import KERNELS as MAXSIM_KERNELS
 from vlpfast.ops.maxsim import maxsim, maxsim_int8, quantize_tokens, score_contrastive_loss
 from vlpfast.ops.maxsim.score import KERNELS as SCORE_KERNELS
-from vlpfast.ops.temporal import channel_shift, pool_tokens, token_roll
+from vlpfast.ops.temporal import channel_shift, pool_tokens, segment_pool, temporal_attention, token_roll
+from vlpfast.ops.temporal.attention import KERNELS as ATTENTION_KERNELS
 from vlpfast.ops.temporal.pool import KERNELS as POOL_KERNELS
+from vlpfast.ops.temporal.segments import KERNELS as SEGMENT_KERNELS
 from vlpfast.ops.temporal.shift import KERNELS as SHIFT_KERNELS
 from vlpfast.ops.tokens import bipartite_match, matching, merge, merging, random_mask, restore, select, selection, unmerge
 
@@ -174,6 +176,21 @@ def _score_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -
     return rows, score_contrastive_loss(square, square.T, scale, col_weights=bias[: len(x)].detach().abs())
 
 
+def _segment_pool(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """In every mode, of segments of which one is empty."""
+    segments = torch.tensor([0, len(y) // 3, len(y) // 3, len(y)], device=y.device)
+    pooled = [segment_pool(y, segments, mode) for mode in ("mean", "max", "logsumexp")]
+    return *pooled, segment_pool(y, segments, "attention", score=bias)
+
+
+def _temporal_attention(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    frames = y[: len(y) // 7 * 7].reshape(1, 7, -1, y.shape[1])
+    return (
+        temporal_attention(frames, frames.flip(1), frames.roll(1, 1), 1, scale=9.0),
+        temporal_attention(frames, frames.flip(1), frames, 1, causal=True),
+    )
+
+
 # operator -> what is computed with it, and its kernels beside `reference`: backend -> device type
 _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] = {
     "pair_logsumexp": (_pair_logsumexp, pair.KERNELS),
@@ -194,6 +211,8 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "channel_shift": (_channel_shift, SHIFT_KERNELS),
     "pool_tokens": (_pool_tokens, POOL_KERNELS),
     "score_contrastive_loss": (_score_contrastive_loss, SCORE_KERNELS),
+    "segment_pool": (_segment_pool, SEGMENT_KERNELS),
+    "temporal_attention": (_temporal_attention, ATTENTION_KERNELS),
 }
 _SHAPES = ((7, 7, 3), (33, 70, 24), (130, 131, 64))  # M, N, D
 
