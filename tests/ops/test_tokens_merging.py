@@ -194,6 +194,20 @@ def test_padding_may_hold_anything(backend: str) -> None:
         torch.testing.assert_close((size[..., None] * y).sum(1), (x * mask[..., None]).sum(1))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_weighs_nothing_may_hold_anything(bad: float, backend: str) -> None:
+    """Beside tokens that weigh something; then it holds zeros."""
+    x, weights, match = tokens(2, 40, 19), sizes(2, 40), kth_match(tokens(2, 40, 4), 5)
+    nothing = (weights == 0)[..., None]
+    with backends.use(backend):
+        for name in ("size", "weights"):
+            options = {name: weights} | ({"mode": "weighted"} if name == "size" else {})
+            found = run(x.masked_fill(nothing, bad), match, **options)
+            assert nothing.sum() > 5 and found[3][weights == 0].all()
+            assert all(t.isfinite().all() for t in found) and equal(found, run(x.masked_fill(nothing, 0), match, **options))
+
+
 # --- gradients, against the reference ---------------------------------------------------------------------------------
 
 
