@@ -123,11 +123,14 @@ def segments_eager(x: Tensor) -> Tensor:
 
 
 def scores_eager(x: Tensor) -> Tensor:
-    """Padded segments, softmax, a product."""
-    parts = lengths(len(x))
-    tokens = torch.nn.utils.rnn.pad_sequence(x.split(parts), batch_first=True)  # [S, longest, C]
-    score = torch.nn.utils.rnn.pad_sequence(scores(x).split(parts), batch_first=True, padding_value=-torch.inf)
-    return (score.softmax(1).to(x.dtype)[:, None] @ tokens)[:, 0]
+    """Softmax within segments by scattering, as graph libraries do it. (Padding by pad_sequence is far slower to train.)"""
+    start, score = starts(x), scores(x)
+    owner = torch.repeat_interleave(torch.arange(len(start) - 1, device=x.device), start.diff(), output_size=len(x))
+    largest = score.new_full((len(start) - 1,), -torch.inf).scatter_reduce(0, owner, score, "amax")
+    weight = (score - largest[owner]).exp()
+    total = torch.zeros_like(largest).index_add(0, owner, weight)
+    weighted = (weight / total[owner]).to(x.dtype)[:, None] * x
+    return x.new_zeros(len(start) - 1, x.shape[1]).index_add(0, owner, weighted)
 
 
 # --- subjects ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ VLPFAST_CLONES void convert(const In* in, int64_t from, int64_t count, int64_t n
 
 template <class T> class Reader {
   public:
-    Reader() = default;
     explicit Reader(const Tensor& tensor)
         : data_(tensor.const_data_ptr()), dtype_(tensor.scalar_type()), same_(dtype_ == kScalarType<T>) {
         with_floating_pointer(data_, dtype_,
@@ -46,9 +45,9 @@ template <class T> class Reader {
     }
 
   private:
-    const void* data_ = nullptr;
-    ScalarType dtype_ = kScalarType<T>;
-    bool same_ = true;
+    const void* const data_;
+    const ScalarType dtype_;
+    const bool same_;
 };
 
 template <class T> class Writer {

@@ -97,9 +97,8 @@ struct Part {
 
 template <class T> class Tokens {
   public:
-    explicit Tokens(const Tensor& x) : data_(x), row_(x.stride(0)), column_(x.stride(1)) {
-        dense_ = column_ == 1 || x.size(1) <= 1;
-    }
+    explicit Tokens(const Tensor& x)
+        : data_(x), row_(x.stride(0)), column_(x.stride(1)), dense_(column_ == 1 || x.size(1) <= 1) {}
     const T* row(int64_t i, const Part& part, T* scratch) const {
         if (dense_)
             return data_.read(i * row_ + part.first, part.count, scratch);
@@ -111,7 +110,7 @@ template <class T> class Tokens {
   private:
     const Reader<T> data_;
     const int64_t row_, column_;
-    bool dense_;
+    const bool dense_;
 };
 
 // Buffers of one thread, a part's channels wide; weights: a segment's tokens long.

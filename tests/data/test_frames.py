@@ -73,6 +73,8 @@ def test_head_tail_frames_are_subsets_of_both_halves_equally_often() -> None:
     for pairs, subsets in ((places[:, :2], 3), (places[:, 2:], 6)):
         _, counts = np.unique(pairs, axis=0, return_counts=True)
         assert len(counts) == subsets and (abs(counts * subsets / 9000 - 1) < 0.1).all()
+    _, counts = np.unique(places, axis=0, return_counts=True)  # independent of each other
+    assert len(counts) == 18 and (abs(counts * 18 / 9000 - 1) < 0.2).all()
     odd = head_tail_frames(np.array([10]), np.array([0]), 5, **RANDOM)[0]
     assert (odd[:2] < 5).all() and (odd[2:] >= 5).all()
 

@@ -214,6 +214,13 @@ def test_readouts(class_token: str) -> None:
         torch.testing.assert_close(everything[:, 0], normed[:, :, 0].mean(1))
 
 
+def test_a_single_frame_has_no_time() -> None:
+    encoder, frame = moving(fresh("clip")), torch.randn(2, 1, 3, 16, 16)
+    single = encoder(frame)
+    nn.init.zeros_(encoder.time)
+    assert torch.equal(encoder(frame), single)
+
+
 def test_every_weight_learns_after_the_first_step() -> None:
     encoder = fresh("clip")
     optimiser = torch.optim.SGD(encoder.parameters(), lr=0.1)
@@ -227,7 +234,7 @@ def test_every_weight_learns_after_the_first_step() -> None:
 
 
 def test_compiled_without_a_break() -> None:
-    encoder, video = moving(fresh("clip")), torch.randn(2, 4, 3, 16, 16)
+    encoder, video = moving(fresh("clip", layers=1)), torch.randn(2, 4, 3, 16, 16)
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(video), encoder(video))
 

@@ -185,7 +185,7 @@ ATTENTION_CASES: dict[str, Callable[[], Arguments]] = {
     "31 frames": lambda: positions(1, 31, 31, 2, 6, 6, 2),
     "32 frames": lambda: positions(1, 32, 32, 2, 6, 6, 2),
     "33 frames": lambda: positions(2, 33, 33, 2, 6, 6, 2, mask=shown(2, 33)),
-    "33 frames, causal": lambda: positions(1, 33, 33, 2, 6, 6, 2, causal=True),
+    "33 frames, the first ones hidden, causal": lambda: positions(2, 33, 33, 2, 6, 6, 2, mask=shown(2, 33), causal=True),
     "one frame's queries": lambda: positions(2, 1, 7, 3, 8, 8, 2),
     "more queries than keys": lambda: positions(2, 9, 5, 3, 8, 8, 2),
     "wide values": lambda: positions(2, 4, 4, 3, 5, 67, 2, scale=0.3),

@@ -73,7 +73,7 @@ def test_it_is_attention_at_each_position(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_hidden_frames_may_hold_anything_and_a_query_that_sees_none_gives_0(backend: str) -> None:
-    both = inputs(2, 5, 5, 2, 4, 4, 2, mask=shown(2, 5), causal=True)
+    both = inputs(2, 4, 4, 1, 4, 4, 2, mask=shown(2, 4), causal=True)
     expected = run(backend, **both)
     hidden = ~both["mask"][..., None, None]
     bad = both | {name: torch.where(hidden, torch.nan, both[name]) for name in "kv"}
@@ -87,12 +87,12 @@ def test_hidden_frames_may_hold_anything_and_a_query_that_sees_none_gives_0(back
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_stays_at_its_position_and_head(where: str, backend: str) -> None:
-    both = inputs(2, 3, 3, 2, 4, 4, 2)
+    both = inputs(1, 3, 3, 2, 4, 4, 2)
     expected = run(backend, **both)[0]
-    both[where][1, 2, 1, 5] = torch.nan  # the second head's
+    both[where][0, 2, 1, 5] = torch.nan  # the second head's
     found = run(backend, **both)[0]
     reached = torch.zeros_like(expected, dtype=torch.bool)
-    reached[1, 2 if where == "q" else slice(None), 1, 5 if where == "v" else slice(4, 8)] = True
+    reached[0, 2 if where == "q" else slice(None), 1, 5 if where == "v" else slice(4, 8)] = True
     assert found[reached].isnan().all() and torch.equal(found[~reached], expected[~reached])
 
 
@@ -172,11 +172,10 @@ def test_function_transforms() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_without_a_break(dynamic: bool) -> None:
+def test_compiled_without_a_break() -> None:
     """One tensor as queries, keys and values too."""
     torch._dynamo.reset()
-    compiled = torch.compile(temporal_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    compiled = torch.compile(temporal_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     for sizes in ((2, 5, 5, 3, 4, 4, 2), (3, 4, 4, 7, 4, 4, 2)):
         x = inputs(*sizes)["q"].requires_grad_()
         for options in ({"causal": True}, {"mask": shown(*x.shape[:2])}):
@@ -186,9 +185,8 @@ def test_compiled_without_a_break(dynamic: bool) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype: torch.dtype) -> None:
-    both = inputs(2, 5, 5, 3, 4, 6, 2, dtype=dtype)
+def test_opcheck() -> None:
+    both = inputs(2, 5, 5, 3, 4, 6, 2, dtype=torch.bfloat16)
     q, k, v = (both[name] for name in "qkv")
     for keep, causal in ((None, True), (shown(2, 5), False)):
         arguments = q, k, v, keep, 2, 0.5, causal
