@@ -1,13 +1,15 @@
-"""vlpfast-data: make, index, check and look at shards."""
+"""vlpfast-data: make, index, check, curate and look at shards."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NoReturn
 
 from vlpfast.cli._run import run
@@ -15,6 +17,7 @@ from vlpfast.types import UserError
 
 _EXAMPLES = """\
 examples:
+  vlpfast-data build pictures photos/ data/photos             shards from a folder of pictures with .txt or .json beside
   vlpfast-data emojiworld data/emoji --num-scenes 20000      make the embedded data
   vlpfast-data preview 'data/emoji/train-*.tar' -o sheet.png  look at it
   vlpfast-data stats data/emoji                               count what is there
@@ -38,10 +41,14 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "vlpfast-data", description="Make, index, check and look at WebDataset shards.", epilog=_EXAMPLES, formatter_class=raw
+        "vlpfast-data",
+        description="Make, index, check, curate and look at WebDataset shards.",
+        epilog=_EXAMPLES,
+        formatter_class=raw,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    _add_build(commands)
     add = commands.add_parser(
         "emojiworld",
         help="make the embedded data: scenes of emoji with captions and exact ground truth",
@@ -84,6 +91,99 @@ def _add(commands, command: Callable[[argparse.Namespace], int], name: str, text
     add.add_argument("patterns", nargs="+", metavar="PATTERN", help="tar files, globs, folders, braces: 'data/x-{000..009}.tar'")
     add.set_defaults(command=command)
     return add
+
+
+_KINDS = ("pictures", "classes", "table", "text", "documents", "videos", "audio", "dicom", "nifti", "meshes")
+
+_BUILD_HELP = """\
+Makes shards OUT/PREFIX-000000.tar ... from SRC, with an index each. KIND says what SRC is:
+
+  pictures   a folder of pictures (jpg, jpeg, png, webp, bmp), each with a .txt, or a .json that has "caption", beside it
+  classes    a folder that has a folder of pictures for each class (ImageFolder); OUT/classes.txt lists the classes
+  table      a CSV, TSV or Parquet file, or a folder of them: a column of pictures (paths from the table's folder on, or bytes)
+             and a column of captions; all other columns go into the JSON
+  text       .txt files, a document each, and .jsonl(.gz) files, a document each line; or one such file
+  documents  .json files, a document each, and .jsonl(.gz) files, a document each line, in which text and pictures follow each
+             other: MMC4's ("text_list", "image_info"), OBELICS' ("texts", "images"), or
+             {"parts": [{"text": "..."}, {"image": "PATH"}, ...]}
+  videos     mp4, webm, mkv, avi, mov with .txt or .json beside
+  audio      wav, flac, ogg, mp3 with .txt or .json beside
+  dicom      a folder of DICOM series
+  nifti      .nii and .nii.gz with .txt or .json beside
+  meshes     obj, ply, stl, off, glb, gltf with .txt or .json beside
+
+Inputs that cannot be used are skipped, counted, and listed with the reason in OUT/skipped.jsonl. Paths that lead out of SRC, by
+.. or by links, count as such. The same command for an OUT that was not finished goes on behind its last whole shard. Any number
+of workers makes the same bytes.
+"""
+
+_BUILD_EXAMPLES = """\
+examples:
+  vlpfast-data build pictures photos/ data/photos
+  vlpfast-data build classes birds/ data/birds --template 'a photo of a {}, a kind of bird'
+  vlpfast-data build table cc3m.parquet data/cc3m --picture image --caption caption --drop url
+  vlpfast-data build table pairs.tsv data/pairs --picture path --caption title --pictures photos/
+  vlpfast-data build text wiki.jsonl.gz data/wiki --caption text --samples-per-shard 10000
+"""
+
+
+def _add_build(commands) -> None:
+    add = commands.add_parser(
+        "build",
+        help="make shards from folders of pictures, tables, text, documents, videos, audio, volumes, meshes",
+        description=_BUILD_HELP,
+        epilog=_BUILD_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add.add_argument("kind", metavar="KIND", choices=_KINDS, help="see above")
+    add.add_argument("src", metavar="SRC", help="the folder or file to read")
+    add.add_argument("out", metavar="OUT", help="the folder to make")
+    add.add_argument("--prefix", default="train", help="name of the shards (train)")
+    add.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="samples in each tar file (1000)")
+    add.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (as many as cores)")
+    # What is not given stays out of the namespace: the defaults, and which kind knows which option, are the library's to say.
+    option = partial(add.add_argument, default=argparse.SUPPRESS)
+    option(
+        "--max-caption", type=_positive, metavar="N", help="longer captions are skipped, in characters (10000; text 10 million)"
+    )
+    option("--no-captions", dest="captions", action="store_false", help="inputs without a caption are taken too")
+    option("--no-decode", dest="decode", action="store_false", help="look at the pictures' headers alone: much faster")
+    option("--template", metavar="TEXT", help="classes: the caption, {} stands for the class ('a photo of a {}')")
+    option("--picture", metavar="COLUMN", help="table: the column of pictures (image)")
+    option("--caption", metavar="COLUMN", help="table, text: the column or field of captions (caption; text)")
+    option("--key", metavar="COLUMN", help="table: the column of keys (file and row)")
+    option("--drop", metavar="COLUMN", action="append", help="table: a column to leave out of the JSON; may be repeated")
+    option("--pictures", metavar="FOLDER", help="table, documents: where paths start (the folder of the table or document)")
+    option("--min-similarity", type=float, metavar="X", help="documents: leave out MMC4's pictures with a lower matched_sim")
+    option("--points", type=_positive, metavar="N", help="meshes: points drawn from the surface (8192)")
+    add.set_defaults(command=_build)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from vlpfast.data.build import build
+    from vlpfast.data.sources import Options
+
+    names = {field.name for field in dataclasses.fields(Options)}
+    given = {name: tuple(value) if name == "drop" else value for name, value in vars(arguments).items() if name in names}
+    report = build(
+        arguments.kind,
+        arguments.src,
+        arguments.out,
+        Options(**given),
+        prefix=arguments.prefix,
+        workers=arguments.workers,
+        samples_per_shard=arguments.samples_per_shard,
+        progress=_progress("inputs"),
+    )
+    print(f"source      {_most(report.files, 8)}")
+    if report.resumed:
+        print(f"resumed     {arguments.out} held a part of this build, or all of it")
+    print(f"built       {report.samples} samples in {report.shards} shards: {arguments.out}/{arguments.prefix}-*.tar")
+    if report.skipped:
+        print(f"skipped     {report.skipped}, listed in {arguments.out}/skipped.jsonl, such as")
+        for reason in report.reasons:
+            print(f"            {reason}")
+    return 0
 
 
 def _vocabulary(text: str) -> int | str:
@@ -193,17 +293,18 @@ def _preview(arguments: argparse.Namespace) -> int:
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def _progress(what: str) -> Callable[[int, int], None] | None:
+def _progress(what: str) -> Callable[[int, int | None], None] | None:
     """A line on stderr that counts, where stderr is a terminal."""
     if not sys.stderr.isatty():
         return None
     shown = 0.0
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int | None) -> None:
         nonlocal shown
         if done == total or time.monotonic() - shown > 0.1:
             shown = time.monotonic()
-            print(f"\r{done:,} of {total:,} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            of = "" if total is None else f" of {total:,}"
+            print(f"\r{done:,}{of} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show
 

@@ -36,6 +36,8 @@ except ImportError as error:
     _log.warning("the native shard reader is not built (%s): shards are read in plain Python, slower", error)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov")
+AUDIO_EXTENSIONS = ("wav", "flac", "ogg", "mp3")
 
 _MAX_OPEN = 256  # descriptors that one ShardSet holds at most
 
@@ -114,9 +116,11 @@ def _write_aside(path: str, content: bytes) -> None:
 class ShardWriter:
     """Writes samples into FOLDER/PREFIX-000000.tar and so on, each with its index. A shard appears under its name only when it is
     whole. The bytes depend on nothing but what is written. As a context manager it finishes the last shard, or drops it when an
-    exception passes through. `shards`: the paths of those that are finished."""
+    exception passes through. `shards`: the paths of those that are finished. go_on: behind the shards that are there."""
 
-    def __init__(self, folder: str | os.PathLike[str], prefix: str, *, samples_per_shard: int = 1000) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], prefix: str, *, samples_per_shard: int = 1000, go_on: bool = False
+    ) -> None:
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
         if not re.fullmatch(r"[^\s/.{}*?\[\]]+", prefix):
@@ -125,7 +129,10 @@ class ShardWriter:
         self.shards: list[str] = []
         self._file: io.BufferedWriter | None = None
         os.makedirs(self.folder, exist_ok=True)
-        if old := glob.glob(os.path.join(glob.escape(self.folder), f"{prefix}-[0-9]*.tar")):
+        old = sorted(glob.glob(os.path.join(glob.escape(self.folder), f"{prefix}-[0-9]*.tar")))
+        if go_on:
+            self.shards = old
+        elif old:
             raise UserError(f"{self.folder} already holds {len(old)} shards named {prefix}: remove them or take another folder")
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
