@@ -263,7 +263,7 @@ def test_what_is_refused(photos: Path, tmp_path: Path) -> None:
     fails("build.json is damaged", "pictures", photos, tmp_path / "done")
     put(tmp_path, "foreign/train-000000.tar", b"x")
     fails("that no build made", "pictures", photos, tmp_path / "foreign")
-    with building._alone(str(tmp_path / "empty")):
+    with building.alone(str(tmp_path / "empty"), "build"):
         fails("another build is writing", "pictures", photos, tmp_path / "empty")
 
 

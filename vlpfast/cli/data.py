@@ -13,6 +13,7 @@ from functools import partial
 from typing import NoReturn
 
 from vlpfast.cli._run import run
+from vlpfast.cli.curate import add_curate
 from vlpfast.types import UserError
 
 _EXAMPLES = """\
@@ -23,6 +24,7 @@ examples:
   vlpfast-data stats data/emoji                               count what is there
   vlpfast-data verify 'data/cc3m-{000..331}.tar'              find damaged samples
   vlpfast-data index 'data/cc3m-{000..331}.tar'               make the index files beforehand
+  vlpfast-data curate near-duplicates data/photos --out data/unique
 
 PATTERN is a tar file, a glob, a folder of tar files, or any of them with braces as in {000..331}. Quote patterns, so that the
 shell leaves them alone.
@@ -83,12 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     add = _add(commands, _preview, "preview", "a contact sheet with captions, and boxes where the JSON has them")
     add.add_argument("-o", "--output", default="preview.png", metavar="FILE", help=".png, or .html for any script (preview.png)")
     add.add_argument("--count", type=_positive, default=24, metavar="N", help="samples, spread evenly (24)")
+    add_curate(commands, _positive, _progress, _PATTERNS)
     return parser
+
+
+_PATTERNS = "tar files, globs, folders, braces: 'data/x-{000..009}.tar'"
 
 
 def _add(commands, command: Callable[[argparse.Namespace], int], name: str, text: str) -> argparse.ArgumentParser:
     add = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    add.add_argument("patterns", nargs="+", metavar="PATTERN", help="tar files, globs, folders, braces: 'data/x-{000..009}.tar'")
+    add.add_argument("patterns", nargs="+", metavar="PATTERN", help=_PATTERNS)
     add.set_defaults(command=command)
     return add
 

@@ -110,7 +110,7 @@ def build(
     about["files"], extensions = sources.survey(root, options.only)
     try:
         os.makedirs(out, exist_ok=True)
-        with _alone(out):
+        with alone(out, "build"):
             report = _build(kind, root, out, options, about, workers, progress)
     except BrokenProcessPool as error:
         raise UserError(
@@ -148,8 +148,8 @@ def _root(kind: str, src: str, options: Options) -> tuple[str, Options]:
 
 
 @contextlib.contextmanager
-def _alone(out: str) -> Iterator[None]:
-    """Two builds in one folder would mix their shards. (Windows knows no locks of folders.)"""
+def alone(out: str, what: str) -> Iterator[None]:
+    """Two writers in one folder would mix their shards. (Windows knows no locks of folders.)"""
     if fcntl is None:
         yield
         return
@@ -158,7 +158,7 @@ def _alone(out: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"build: another build is writing to {out}") from error
+            raise UserError(f"build: another {what} is writing to {out}") from error
         yield
     finally:
         os.close(handle)
