@@ -20,6 +20,15 @@ class Batch(TypedDict, total=False):
     image: Tensor  # [B, 3, H, W] float32, normalised with the DataSpec's mean and std
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
+    labels: Tensor  # [B, L] int64 what is asked for at each token, -100: nothing
+    word_ids: Tensor  # [B, L] int64 the word that a token is a part of, -1 at special tokens and padding
+    positions: Tensor  # [B, L] int64 place of a token in its document; packed rows alone, as all down to image_of
+    cu_seqlens: (
+        Tensor  # [S + 1] int32 where the documents, and the rows' paddings, begin in text.flatten(); the last entry is B * L
+    )
+    document: Tensor  # [S] int64 the document that each of these sequences is, -1: padding
+    image_slots: Tensor  # [P] int64 where in text.flatten() each picture's first token is; picture p is image[p]
+    image_of: Tensor  # [P, 2] int64 the document of each picture, and which of its pictures it is
     index: Tensor  # [B] int64 position of the sample in its source, on the CPU
     crop: Tensor  # [B, 5] float32 x0, y0, width, height as fractions of the stored picture, then 1 if mirrored; on the CPU
     key: list[str]  # [B] WebDataset keys
