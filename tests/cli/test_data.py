@@ -131,6 +131,29 @@ def test_verify_names_what_is_damaged(shards, capsys):
     assert "1 shards damaged" in capsys.readouterr().out
 
 
+def test_verify_repairs(shards, capsys):
+    damage(shards, 1)
+    whole = (shards / "x-000001.tar").read_bytes()
+    (shards / "x-000001.tar").write_bytes(whole[: len(whole) // 2])
+    (shards / "y.tar").write_bytes(b"none" * 500)
+    assert data.main(["verify", "--repair", str(shards)]) == 1  # y.tar
+    printed = capsys.readouterr().out
+    assert f"repaired {shards}/x-000000.tar: 2 samples; the old one is {shards}/x-000000.tar.bad" in printed
+    assert f"repaired {shards}/x-000001.tar: 1 samples" in printed
+    assert f"left {shards}/y.tar as it is: nothing in it is whole" in printed
+    (shards / "y.tar").unlink()
+    assert data.main(["verify", str(shards)]) == data.main(["verify", "--repair", str(shards)]) == 0
+    assert [ShardSet(str(shards)).key(i) for i in range(3)] == ["k0", "k2", "k3"]
+
+
+def test_verify_without_captions(tmp_path, capsys):
+    with ShardWriter(tmp_path, "x") as writer:
+        writer.write("k", {"jpg": jpeg()})
+    assert data.main(["verify", str(tmp_path)]) == 1
+    assert data.main(["verify", "--no-captions", str(tmp_path)]) == 0
+    capsys.readouterr()
+
+
 def test_verify_without_decoding_looks_at_headers_alone(tmp_path, capsys):
     out = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(out, "PNG")

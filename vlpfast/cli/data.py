@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     add = _add(commands, _index, "index", "make the index file of each shard, unless a right one is there")
     add = _add(commands, _verify, "verify", "read everything and name what is damaged; exit code 1 if anything is")
     add.add_argument("--no-decode", action="store_true", help="read the pictures' headers alone: much faster")
+    add.add_argument("--no-captions", action="store_true", help="samples need no caption")
+    add.add_argument(
+        "--repair",
+        action="store_true",
+        help="write each damaged shard anew with its whole samples, and keep the old one as NAME.tar.bad",
+    )
     add = _add(commands, _stats, "stats", "samples, bytes, picture sizes, caption lengths, vocabulary, reading speed")
     add.add_argument("--limit", type=_positive, default=10_000, metavar="N", help="samples to look at, spread evenly (10000)")
     add = _add(commands, _preview, "preview", "a contact sheet with captions, and boxes where the JSON has them")
@@ -249,9 +255,12 @@ def _stamp(path: str) -> int | None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from vlpfast.data.repair import Repair, repair
     from vlpfast.data.shards import verify
 
-    report = verify(arguments.patterns, decode=not arguments.no_decode, progress=_progress("shards"))
+    settings = {"decode": not arguments.no_decode, "captions": not arguments.no_captions, "progress": _progress("shards")}
+    done = repair(arguments.patterns, **settings) if arguments.repair else Repair(verify(arguments.patterns, **settings))
+    report = done.report
     rows = []
     for shard in report.shards:
         damaged = len({key for key, _ in shard.damaged})
@@ -262,7 +271,11 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(f"{os.path.basename(shard.path)}:{key}: {problem}")
     broken = sum(bool(shard.problem) for shard in report.shards)
     print(f"{len(report.shards)} shards, {report.samples} samples: {report.damaged} samples and {broken} shards damaged")
-    return 0 if report.ok else 1
+    for path, kept in done.kept.items():
+        print(f"repaired {path}: {kept} samples; the old one is {path}.bad")
+    for path in done.left:
+        print(f"left {path} as it is: nothing in it is whole")
+    return 0 if report.ok or (arguments.repair and not done.left) else 1
 
 
 def _stats(arguments: argparse.Namespace) -> int:

@@ -311,6 +311,10 @@ class Keys:
         self._used = set(used)
         self._next: dict[str, int] = {}
 
+    def held(self, key: str) -> str:
+        """The key as it is, if a shard can hold it."""
+        return key if key == clean_key(key) else self.claim(key)
+
     def claim(self, key: str) -> str:
         key = unique = clean_key(key)
         while unique in self._used:

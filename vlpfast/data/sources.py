@@ -515,11 +515,15 @@ def audio_info(file: BinaryIO) -> dict[str, Any]:
         raise DamagedSample(f"the sound cannot be read: {error}") from error
 
 
+class MissingPackage(UserError):
+    pass
+
+
 def require(package: str, extra: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"this needs the package {package}: pip install 'vlpfast[{extra}]' ({error})") from error
+        raise MissingPackage(f"this needs the package {package}: pip install 'vlpfast[{extra}]' ({error})") from error
 
 
 # --- volumes and meshes --------------------------------------------------------------------------------------------------------
