@@ -17,7 +17,8 @@ from PIL import Image
 from vlpfast.data import ShardSet
 from vlpfast.data import build as building
 from vlpfast.data.build import Keys, build, clean_key
-from vlpfast.data.sources import KINDS, Options
+from vlpfast.data.inputs import Options
+from vlpfast.data.sources import KINDS
 from vlpfast.types import UserError
 
 

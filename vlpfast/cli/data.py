@@ -86,9 +86,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write each damaged shard anew with its whole samples, and keep the old one as NAME.tar.bad",
     )
-    add = _add(commands, _stats, "stats", "samples, bytes, picture sizes, caption lengths, vocabulary, reading speed")
+    add = _add(commands, _stats, "stats", "samples, bytes, sizes, durations, caption lengths, vocabulary, reading speed")
     add.add_argument("--limit", type=_positive, default=10_000, metavar="N", help="samples to look at, spread evenly (10000)")
-    add = _add(commands, _preview, "preview", "a contact sheet with captions, and boxes where the JSON has them")
+    add = _add(
+        commands, _preview, "preview", "a contact sheet of pictures with boxes, frames of videos, spectrograms, with captions"
+    )
     add.add_argument("-o", "--output", default="preview.png", metavar="FILE", help=".png, or .html for any script (preview.png)")
     add.add_argument("--count", type=_positive, default=24, metavar="N", help="samples, spread evenly (24)")
     add_curate(commands, _positive, _progress, _PATTERNS)
@@ -173,7 +175,7 @@ def _add_build(commands) -> None:
 
 def _build(arguments: argparse.Namespace) -> int:
     from vlpfast.data.build import build
-    from vlpfast.data.sources import Options
+    from vlpfast.data.inputs import Options
 
     names = {field.name for field in dataclasses.fields(Options)}
     given = {name: tuple(value) if name == "drop" else value for name, value in vars(arguments).items() if name in names}
@@ -286,11 +288,22 @@ def _stats(arguments: argparse.Namespace) -> int:
     print(f"shards      {found.shards}, {_bytes(found.tar_bytes)}")
     print(f"samples     {found.samples}{share}, {_bytes(found.tar_bytes / found.samples)} each")
     print(f"members     {_most(found.extensions, 8)}")
-    print(f"pictures    {_most(Counter({f'{w} x {h}': n for (w, h), n in found.sizes.items()}), 6)}")
+    if found.sizes:
+        print(f"pictures    {_most(Counter({f'{w} x {h}': n for (w, h), n in found.sizes.items()}), 6)}")
+    if found.rates:
+        print(f"rates       {_most(Counter({f'{rate} Hz': n for rate, n in found.rates.items()}), 6)}")
+    if found.durations:
+        lengths = sorted(found.durations)
+        middle = lengths[len(lengths) // 2]
+        print(f"seconds     {lengths[0]:.1f} to {lengths[-1]:.1f}, median {middle:.1f}, together {sum(lengths) / 3600:.2f} hours")
+    if found.documents:
+        print(f"documents   {found.documents}, with {found.document_pictures / found.documents:.1f} pictures each")
     print(f"captions    {len(found.words)}, {len(found.vocabulary)} different words")
     print(f"words       {_most(found.vocabulary, 12)}")
     if found.without_picture or found.without_caption:
         print(f"damaged     {found.without_picture} without a readable picture, {found.without_caption} without a caption")
+    if found.damaged_media:
+        print(f"damaged     {found.damaged_media} videos or sounds that cannot be read")
     seconds = max(found.read_seconds, 1e-9)
     print(
         f"reading     {found.examined / seconds:,.0f} samples/s, {_bytes(found.read_bytes / seconds)}/s (bytes alone, 4 threads)"

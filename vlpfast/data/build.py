@@ -23,10 +23,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vlpfast.data import sources
+from vlpfast.data import inputs
+from vlpfast.data.inputs import Options, Task
+from vlpfast.data.media_info import require
 from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.shards import ShardSet, ShardWriter, _write_aside
-from vlpfast.data.sources import KINDS, Options, Sample, Task
+from vlpfast.data.sources import KINDS, Sample, classes
 from vlpfast.types import UserError
 
 try:
@@ -94,7 +96,7 @@ def build(
     if workers < 1:
         raise ValueError(f"workers: expected at least 1, got {workers}")
     if KINDS[kind].needs[0]:
-        sources.require(*KINDS[kind].needs)
+        require(*KINDS[kind].needs)
     root, options = _root(kind, os.path.abspath(os.path.expanduser(src)), options or Options())
     out = os.path.abspath(os.path.expanduser(out))
     if os.path.commonpath([root, os.path.realpath(out)]) == root and not options.only:
@@ -102,12 +104,12 @@ def build(
     about = {
         "format": FORMAT,
         "kind": kind,
-        "source": sources.shown(os.path.join(root, options.only) if options.only else root),
+        "source": inputs.shown(os.path.join(root, options.only) if options.only else root),
         "options": json.loads(json.dumps(dataclasses.asdict(options))),
         "prefix": prefix,
         "samples_per_shard": samples_per_shard,
     }
-    about["files"], extensions = sources.survey(root, options.only)
+    about["files"], extensions = inputs.survey(root, options.only)
     try:
         os.makedirs(out, exist_ok=True)
         with alone(out, "build"):
@@ -179,7 +181,7 @@ def _build(
         plan = KINDS[kind].plan
         total = sum(1 for _ in plan(root, options)) if KINDS[kind].counted else None
         if kind == "classes":
-            names = "".join(f"{name}\n" for name in sources.classes(root).values())
+            names = "".join(f"{name}\n" for name in classes(root).values())
             _write_aside(os.path.join(out, "classes.txt"), names.encode())
         _write(kind, root, out, options, journal, workers, total, progress)
     if not journal.samples:

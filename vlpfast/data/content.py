@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
 from vlpfast.data import shards as store
+from vlpfast.data.media_info import audio_info, video_info
 from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSet
-from vlpfast.data.sources import audio_info, video_info
 
 _DOCUMENT_PICTURE = re.compile(rf"\d+\.({'|'.join(IMAGE_EXTENSIONS)})")
 

@@ -363,7 +363,8 @@ def verify(
 def _verify_shard(
     path: str, decode: bool, captions: bool, threads: int, pool: ThreadPoolExecutor, used: dict[str, str]
 ) -> ShardReport:
-    from vlpfast.data import content, sources  # which need this module
+    from vlpfast.data import content  # which needs this module
+    from vlpfast.data.media_info import MissingPackage
 
     report = ShardReport(path)
     try:
@@ -386,7 +387,7 @@ def _verify_shard(
                 if first != f"{path}:{i}":
                     report.damaged.append((key, f"its key is also in {first.rpartition(':')[0]}"))
                     report.repeated.add(i)
-    except sources.MissingPackage:
+    except MissingPackage:
         raise
     except OSError as error:
         report.problem = f"cannot be read: {error.strerror}"

@@ -1,61 +1,47 @@
-"""What shards are built from. Each kind of source names its inputs in a fixed order (`plan`) and makes samples of one (`make`).
-
-Nothing outside the source's root is ever read: a path that leads out of it, by `..` or by a link, damages its sample alone.
-"""
+"""The kinds of sources that shards are built from. Each names its inputs in a fixed order (`plan`) and makes samples of one
+(`make`)."""
 
 from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import importlib
 import io
 import itertools
-import json
-import math
 import os
-import re
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-from vlpfast.data.pictures import DamagedSample, decode_rgb, picture_size
+from vlpfast.data.inputs import (
+    LARGEST,
+    Options,
+    Task,
+    dump,
+    extension,
+    files,
+    inside,
+    linked,
+    opened,
+    parse,
+    picture,
+    read,
+    shown,
+    sidecars,
+    stem_of,
+    text,
+    with_notes,
+)
+from vlpfast.data.media_info import audio_info, require, video_info
+from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from vlpfast.types import UserError
 
-_LARGEST = 2 << 30  # bytes of one input file, which is held in memory
-_MAGIC = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"BM", "bmp"))
 _TABLES = ("csv", "tsv", "parquet")
 _MESHES = ("obj", "ply", "stl", "off", "glb", "gltf")
 
 Sample = tuple[str, dict[str, bytes]]  # key (not yet cleaned), members
-
-
-@dataclass(frozen=True)
-class Options:
-    """How sources are read; what a kind has no use for is refused by `build`."""
-
-    captions: bool = True  # an input without a caption is skipped
-    max_caption: int | None = None  # characters; None: the kind's own
-    decode: bool = True  # pictures are decoded to see whether they are whole
-    template: str = "a photo of a {}"  # the caption of a class
-    picture: str = "image"  # columns of a table
-    caption: str = "caption"  # column of a table, or field of a line of text
-    key: str = ""  # column; empty: file and row
-    drop: tuple[str, ...] = ()  # columns that do not go into the JSON
-    pictures: str = ""  # the folder that paths in tables and documents start from; empty: that of the table
-    min_similarity: float = 0.0  # pictures of an MMC4 document below it are left out
-    points: int = 8192  # points drawn from a mesh
-    only: str = ""  # the one file of the root that is read
-
-
-class Task(NamedTuple):
-    """One input. `source`: its name in messages. `payload`: what `make` needs, small unless it is a row of a table."""
-
-    source: str
-    payload: Any
 
 
 @dataclass(frozen=True)
@@ -69,182 +55,18 @@ class Kind:
     counted: bool = True  # planning is cheap enough to be done beforehand, for the total
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
-
-
-def files(root: str, only: str = "") -> Iterator[str]:
-    """Files under `root` as relative paths in a fixed order: those of a folder by name, then its folders. Hidden ones and links
-    to folders are left out. only: this one alone."""
-    if only:
-        yield only
-        return
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"build: {error.filename} cannot be read: {error.strerror}") from error
-
-    for folder, folders, names in os.walk(root, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root)
-
-
-def extension(name: str) -> str:
-    return os.path.splitext(name)[1][1:].lower()
-
-
-def shown(path: str) -> str:
-    """A path as text: bytes that are not UTF-8 as escapes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def inside(root: str, path: str) -> str:
-    """The regular file that `path` (relative to root) leads to. Raises DamagedSample if it leads out of `root`."""
-    try:
-        real = os.path.realpath(os.path.join(root, path))
-        if os.path.isabs(path) or os.path.commonpath([root, real]) != root:
-            raise DamagedSample(f"{shown(path)} leads out of {shown(root)}")
-        status = os.stat(real)
-    except ValueError as error:
-        raise DamagedSample(f"{path!r} is no path: {error}") from error
-    except OSError as error:
-        raise DamagedSample(f"{shown(path)} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise DamagedSample(f"{shown(path)} is not a regular file")
-    return real
-
-
-def _opened(root: str, path: str) -> BinaryIO:
-    """A table or a file of lines: without it there is nothing to go on with."""
-    try:
-        return open(inside(root, path), "rb")
-    except (DamagedSample, OSError) as error:
-        raise UserError(f"build: {os.path.join(root, shown(path))} cannot be read: {error}") from error
-
-
-def read(root: str, path: str) -> bytes:
-    """Raises DamagedSample, also for what `inside` refuses."""
-    real = inside(root, path)
-    try:
-        with open(real, "rb") as file:
-            if (size := os.fstat(file.fileno()).st_size) > _LARGEST:
-                raise DamagedSample(f"{shown(path)} has {size} bytes, more than {_LARGEST}")
-            return file.read()
-    except OSError as error:
-        raise DamagedSample(f"{shown(path)} cannot be read: {error.strerror}") from error
-
-
-# --- parts of a sample ---------------------------------------------------------------------------------------------------
-
-
-def picture(content: bytes, options: Options) -> tuple[str, bytes]:
-    """-> extension by content, content. Raises DamagedSample for what the loaders would leave out."""
-    kind = next((name for magic, name in _MAGIC if content.startswith(magic)), "")
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        kind = "webp"
-    picture_size(content)
-    if not kind:
-        raise DamagedSample("the picture is none of JPEG, PNG, WebP and BMP")
-    if options.decode:
-        decode_rgb(content)
-    return kind, content
-
-
-def text(content: bytes | str, most: int) -> str:
-    """Raises DamagedSample for what is not UTF-8, empty, or longer than `most` characters."""
-    try:
-        caption = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        caption.encode()
-    except UnicodeError as error:
-        raise DamagedSample(f"the caption is not UTF-8: {error}") from error
-    caption = caption.strip()
-    if not caption:
-        raise DamagedSample("the caption is empty")
-    if len(caption) > most:
-        raise DamagedSample(f"the caption has {len(caption)} characters, more than {most} (--max-caption)")
-    return caption
-
-
-def parse(content: bytes | str) -> dict[str, Any]:
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DamagedSample(f"the json cannot be parsed: {error}") from error
-    if not isinstance(record, dict):
-        raise DamagedSample(f"the json is a {type(record).__name__}, expected an object")
-    return record
-
-
-def dump(record: Mapping[str, Any]) -> bytes:
-    try:
-        return json.dumps({name: _plain(name, value) for name, value in record.items()}, ensure_ascii=False).encode()
-    except (UnicodeError, RecursionError) as error:
-        raise DamagedSample(f"the json cannot be written: {error}") from error
-
-
-def _plain(name: str, value: Any) -> Any:
-    """JSON has no number that is none, no dates and no bytes."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(name, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(name, item) for item in value]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, bytes):
-        raise UserError(f"build: the column {name!r} holds bytes, which JSON cannot: leave it out with --drop {name}")
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
-def _sidecars(
-    root: str, path: str, beside: tuple[str, str], most: int, captions: bool
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """-> the member txt, if there is a caption, and the record of the json beside it."""
-    record = parse(read(root, beside[1])) if beside[1] else {}
-    caption = read(root, beside[0]) if beside[0] else record.get("caption")
-    if caption is None and captions:
-        raise DamagedSample('no caption: neither a .txt beside it nor "caption" in a .json (--no-captions takes it without)')
-    if caption is None:
-        return {}, record
-    if not isinstance(caption, (bytes, str)):
-        raise DamagedSample(f'the "caption" in the json is a {type(caption).__name__}, expected a text')
-    return {"txt": text(caption, most).encode()}, record
-
-
-def _beside(root: str, extensions: tuple[str, ...]) -> Iterator[Task]:
-    """Files of these extensions with the .txt and .json of the same name."""
-    ordered = files(root)
-    for folder, group in itertools.groupby(ordered, key=os.path.dirname):
-        names = [os.path.basename(path) for path in group]
-        notes: dict[str, str] = {}  # stem.txt -> the name as it is
-        for name in names:
-            if extension(name) in ("txt", "json"):
-                notes.setdefault(f"{os.path.splitext(name)[0]}.{extension(name)}", name)
-        for name in names:
-            if extension(name) in extensions:
-                stem = os.path.splitext(name)[0]
-                found = (notes.get(f"{stem}.{kind}", "") for kind in ("txt", "json"))
-                path = os.path.join(folder, name)
-                yield Task(shown(path), (path, *(os.path.join(folder, note) if note else "" for note in found)))
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(path)[0]
-
-
 # --- pictures, classes -----------------------------------------------------------------------------------------------------
 
 
 def _plan_pictures(root: str, options: Options) -> Iterator[Task]:
-    return _beside(root, IMAGE_EXTENSIONS)
+    return with_notes(root, IMAGE_EXTENSIONS)
 
 
 def _make_picture(root: str, task: Task, options: Options) -> Iterator[Sample]:
-    path, *beside = task.payload
+    path, *notes = task.payload
     kind, content = picture(read(root, path), options)
-    members, record = _sidecars(root, path, beside, options.max_caption, options.captions)
-    yield _stem(path), {kind: content, **members, **({"json": dump(record)} if record else {})}
+    members, record = sidecars(root, path, notes, options.max_caption, options.captions)
+    yield stem_of(path), {kind: content, **members, **({"json": dump(record)} if record else {})}
 
 
 def classes(root: str) -> dict[str, str]:
@@ -270,7 +92,7 @@ def _make_classified(root: str, task: Task, options: Options) -> Iterator[Sample
     path, name, number = task.payload
     kind, content = picture(read(root, path), options)
     caption = text(options.template.replace("{}", name), options.max_caption)
-    yield _stem(path), {kind: content, "txt": caption.encode(), "json": dump({"label": name, "class": number})}
+    yield stem_of(path), {kind: content, "txt": caption.encode(), "json": dump({"label": name, "class": number})}
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------------
@@ -282,7 +104,7 @@ def _rows(root: str, path: str, options: Options) -> Iterator[tuple[list[str], A
     if extension(path) == "parquet":
         pyarrow, parquet = require("pyarrow", "build"), importlib.import_module("pyarrow.parquet")
         try:
-            with _opened(root, path) as raw, parquet.ParquetFile(raw) as file:
+            with opened(root, path) as raw, parquet.ParquetFile(raw) as file:
                 for batch in file.iter_batches(batch_size=64):
                     for row in batch.to_pylist():
                         yield list(batch.schema.names), row
@@ -290,7 +112,7 @@ def _rows(root: str, path: str, options: Options) -> Iterator[tuple[list[str], A
             raise UserError(f"build: {real} cannot be read as Parquet: {error}") from error
         return
     csv.field_size_limit(1 << 30)  # the limit of a caption is ours to say
-    with io.TextIOWrapper(_opened(root, path), "utf-8-sig", "surrogateescape", newline="") as file:
+    with io.TextIOWrapper(opened(root, path), "utf-8-sig", "surrogateescape", newline="") as file:
         lines = csv.reader(file, dialect="excel-tab" if extension(path) == "tsv" else "excel")
         try:
             head = next(lines, None)
@@ -335,7 +157,7 @@ def _make_row(root: str, task: Task, options: Options) -> Iterator[Sample]:
         members["txt"] = text(caption, options.max_caption).encode()
     elif options.captions:
         raise DamagedSample(f"the column {options.caption!r} is {type(caption).__name__}, expected a text")
-    key = f"{_stem(path)}/{number:08d}"
+    key = f"{stem_of(path)}/{number:08d}"
     if options.key:
         key = str(record.pop(options.key, row[options.key]))
     yield key, {**members, **({"json": dump(record)} if record else {})}
@@ -348,16 +170,7 @@ def _cell_picture(root: str, table: str, cell: Any, options: Options) -> bytes:
         return cell
     if not isinstance(cell, str) or not cell:
         raise DamagedSample(f"the column {options.picture!r} is empty or no bytes and no path ({type(cell).__name__})")
-    return _linked(root, table, cell, options)
-
-
-def _linked(root: str, note: str, path: str, options: Options) -> bytes:
-    """A file that a table or document names."""
-    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
-        raise DamagedSample(f"{path[:100]} is an address: download it beforehand, for instance with img2dataset")
-    if options.pictures:
-        return read(options.pictures, path)
-    return read(root, os.path.join(os.path.dirname(note), path) if not os.path.isabs(path) else path)
+    return linked(root, table, cell, options)
 
 
 # --- text and documents ------------------------------------------------------------------------------------------------------
@@ -365,8 +178,8 @@ def _linked(root: str, note: str, path: str, options: Options) -> bytes:
 
 def _lines(root: str, path: str) -> Iterator[bytes]:
     try:
-        with _opened(root, path) as plain, gzip.open(plain) if path.endswith(".gz") else plain as file:
-            while line := file.readline(_LARGEST):
+        with opened(root, path) as plain, gzip.open(plain) if path.endswith(".gz") else plain as file:
+            while line := file.readline(LARGEST):
                 if line.strip():
                     yield line
     except (OSError, EOFError) as error:
@@ -383,7 +196,7 @@ def _plan_lines(whole: tuple[str, ...]) -> Callable[[str, Options], Iterator[Tas
                     stem = path.removesuffix(".gz").removesuffix(".jsonl")
                     yield Task(f"{shown(path)}:{number + 1}", (path, f"{stem}/{number:08d}", line))
             elif extension(path) in whole:
-                yield Task(shown(path), (path, _stem(path), None))
+                yield Task(shown(path), (path, stem_of(path), None))
 
     return plan
 
@@ -414,7 +227,7 @@ def _make_document(root: str, task: Task, options: Options) -> Iterator[Sample]:
             parts.append({"text": piece["text"]})
             length += len(piece["text"])
             continue
-        kind, content = picture(_linked(root, path, piece["image"], options), options)
+        kind, content = picture(linked(root, path, piece["image"], options), options)
         name = f"{len(members)}.{kind}"
         members[name] = content
         parts.append({"image": name})
@@ -458,72 +271,22 @@ def _pieces(record: dict[str, Any], options: Options) -> list[dict[str, str]]:
 
 
 def _plan_videos(root: str, options: Options) -> Iterator[Task]:
-    return _beside(root, VIDEO_EXTENSIONS)
+    return with_notes(root, VIDEO_EXTENSIONS)
 
 
 def _plan_audio(root: str, options: Options) -> Iterator[Task]:
-    return _beside(root, AUDIO_EXTENSIONS)
+    return with_notes(root, AUDIO_EXTENSIONS)
 
 
 def _make_media(about: Callable[[BinaryIO], dict[str, Any]], name: str) -> Callable[[str, Task, Options], Iterator[Sample]]:
     def make(root: str, task: Task, options: Options) -> Iterator[Sample]:
-        path, *beside = task.payload
+        path, *notes = task.payload
         content = read(root, path)
         found = about(io.BytesIO(content))
-        members, record = _sidecars(root, path, beside, options.max_caption, options.captions)
-        yield _stem(path), {extension(path): content, **members, "json": dump({**record, name: found})}
+        members, record = sidecars(root, path, notes, options.max_caption, options.captions)
+        yield stem_of(path), {extension(path): content, **members, "json": dump({**record, name: found})}
 
     return make
-
-
-def video_info(file: BinaryIO) -> dict[str, Any]:
-    """duration in seconds, width, height, fps, frames (0: the file does not say) of the first video stream, whose first frame
-    is decoded. Raises DamagedSample."""
-    av = require("av", "video")
-    try:
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise DamagedSample("the file has no video stream")
-            stream = container.streams.video[0]
-            if next(container.decode(stream), None) is None:
-                raise DamagedSample("the video has no frame")
-            seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
-            return {
-                "duration": round(float(seconds), 3),
-                "width": stream.width,
-                "height": stream.height,
-                "fps": round(float(stream.average_rate or 0), 3),
-                "frames": stream.frames,
-            }
-    except (av.FFmpegError, ValueError) as error:
-        raise DamagedSample(f"the video cannot be read: {error}") from error
-
-
-def audio_info(file: BinaryIO) -> dict[str, Any]:
-    """duration in seconds, rate in Hz, channels; the last sample is read, so a file cut short is found. Raises DamagedSample."""
-    soundfile = require("soundfile", "audio")
-    try:
-        with soundfile.SoundFile(file) as sound:
-            if not sound.frames:
-                raise DamagedSample("the sound has no samples")
-            sound.seek(sound.frames - 1)
-            if len(sound.read(1)) != 1:
-                raise DamagedSample("the sound ends before its last sample")
-            duration = round(sound.frames / sound.samplerate, 3)
-            return {"duration": duration, "rate": sound.samplerate, "channels": sound.channels}
-    except soundfile.SoundFileError as error:
-        raise DamagedSample(f"the sound cannot be read: {error}") from error
-
-
-class MissingPackage(UserError):
-    pass
-
-
-def require(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingPackage(f"this needs the package {package}: pip install 'vlpfast[{extra}]' ({error})") from error
 
 
 # --- volumes and meshes --------------------------------------------------------------------------------------------------------
@@ -541,10 +304,10 @@ def _plan_files(extensions: tuple[str, ...]) -> Callable[[str, Options], Iterato
         for path in files(root):
             if path.lower().endswith(tuple(f".{name}" for name in extensions)):
                 stem = next(path[: -len(name) - 1] for name in extensions if path.lower().endswith(f".{name}"))
-                beside = (
+                notes = (
                     f"{stem}.{kind}" if os.path.isfile(os.path.join(root, f"{stem}.{kind}")) else "" for kind in ("txt", "json")
                 )
-                yield Task(shown(path), (path, stem, *beside))
+                yield Task(shown(path), (path, stem, *notes))
 
     return plan
 
@@ -556,8 +319,8 @@ def _plan_dicom(root: str, options: Options) -> Iterator[Task]:
 
 
 def _with_sidecars(root: str, task: Task, options: Options, made: Mapping[str, bytes]) -> Sample:
-    path, stem, *beside = task.payload
-    members, record = _sidecars(root, path, beside, options.max_caption, options.captions)
+    path, stem, *notes = task.payload
+    members, record = sidecars(root, path, notes, options.max_caption, options.captions)
     if "json" in made:
         record = {**record, **parse(made["json"])}
     kept = {name: content for name, content in made.items() if name != "json"}
@@ -593,13 +356,3 @@ KINDS = {
     "nifti": Kind(_plan_files(("nii.gz", "nii")), _make_nifti, 1, 10_000, (), ("nibabel", "medical")),
     "meshes": Kind(_plan_files(_MESHES), _make_mesh, 4, 10_000, ("points",), ("trimesh", "points")),
 }
-
-
-def survey(root: str, only: str = "") -> tuple[str, Counter[str]]:
-    """-> a fingerprint of the names and lengths of the files under `root`, and how many files have which extension."""
-    digest = hashlib.sha256()
-    extensions: Counter[str] = Counter()
-    for path in files(root, only):
-        digest.update(os.fsencode(path) + b"\0%d\0" % os.lstat(os.path.join(root, path)).st_size)
-        extensions[extension(path) or "(none)"] += 1
-    return digest.hexdigest()[:32], extensions
