@@ -113,14 +113,13 @@ def build(
     try:
         os.makedirs(out, exist_ok=True)
         with alone(out, "build"):
-            report = _build(kind, root, out, options, about, workers, progress)
+            report = _build(kind, root, out, options, about, extensions, workers, progress)
     except BrokenProcessPool as error:
         raise UserError(
             f"build: a worker was killed, perhaps for its memory; the same command goes on with {out}, fewer --workers need less"
         ) from error
     except OSError as error:
         raise UserError(f"build: {error.filename or out} cannot be written: {error.strerror or error}") from error
-    report.files = extensions
     return report
 
 
@@ -172,6 +171,7 @@ def _build(
     out: str,
     options: Options,
     about: dict[str, Any],
+    extensions: Counter[str],
     workers: int,
     progress: Callable[[int, int | None], None] | None,
 ) -> Report:
@@ -185,12 +185,12 @@ def _build(
             _write_aside(os.path.join(out, "classes.txt"), names.encode())
         _write(kind, root, out, options, journal, workers, total, progress)
     if not journal.samples:
-        first = "; ".join(_reasons(out))
-        what = (
-            f"all {journal.skipped} inputs were skipped ({first}, ...)" if journal.skipped else "it holds no input of this kind"
-        )
-        raise UserError(f"build: nothing was built from {about['source']}: {what}")
-    return Report(journal.samples, journal.skipped, journal.shards, reasons=_reasons(out), resumed=resumed)
+        there = ", ".join(f"{name}: {count}" for name, count in extensions.most_common(6)) or "none"
+        why = f"it holds no input of this kind; its files: {there}"
+        if journal.skipped:
+            why = f"all {journal.skipped} inputs were skipped ({'; '.join(_reasons(out))}, ...)"
+        raise UserError(f"build: nothing was built from {about['source']}: {why}")
+    return Report(journal.samples, journal.skipped, journal.shards, extensions, _reasons(out), resumed)
 
 
 def _open(out: str, about: dict[str, Any]) -> _Journal:
