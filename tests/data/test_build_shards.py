@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -168,6 +169,7 @@ def test_keys_are_cleaned_and_numbered(tmp_path: Path) -> None:
 
 def test_any_number_of_workers_makes_the_same_bytes(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "_FEW", 1)
+    monkeypatch.setitem(KINDS, "pictures", dataclasses.replace(KINDS["pictures"], chunk=1))  # ten chunks
     steps: list[tuple[int, int | None]] = []
     build("pictures", photos, tmp_path / "one", samples_per_shard=3, workers=1, progress=lambda *step: steps.append(step))
     assert steps == [(i + 1, 10) for i in range(10)]
@@ -211,6 +213,25 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(building, "make", lambda *arguments: made.append(arguments))
         assert build("pictures", photos, tmp_path / "out", **settings).samples == 8 and not made  # it was finished
+
+
+def test_keys_are_numbered_as_if_there_had_been_no_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = tmp_path / "src"
+    for name in ("a b.jpg", "a.b.jpg", "a_b.jpg", "a~b.jpg"):
+        put(src, name, encoded())
+    make = building.make
+
+    def stop(kind: str, root: str, options: Options, task: object) -> list:
+        if "a_b.jpg" in task.source:
+            raise KeyboardInterrupt
+        return make(kind, root, options, task)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building, "make", stop)
+        build("pictures", src, tmp_path / "out", Options(captions=False), samples_per_shard=1, workers=1)
+    assert set(contents(tmp_path / "out")) == {"a_b", "a_b_2"}
+    build("pictures", src, tmp_path / "out", Options(captions=False), samples_per_shard=1, workers=1)
+    assert set(contents(tmp_path / "out")) == {"a_b", "a_b_2", "a_b_3", "a~b"}
 
 
 def test_a_killed_build_goes_on(photos: Path, tmp_path: Path) -> None:

@@ -95,7 +95,8 @@ def mask_tokens(
         taken = np.stack([_fill(*row) for row in zip(scores, sizes, lengths, quota, strict=True)]) if len(sizes) else sizes > 0
     else:
         taken = scores < rate
-    chosen = (number >= 0) & np.take_along_axis(np.pad(taken, ((0, 0), (0, 1))), number, axis=1)  # [B, L]; -1: the column added
+    taken = np.pad(taken, ((0, 0), (0, 1)))  # a last column for the tokens without a unit, number -1
+    chosen = np.take_along_axis(taken, number, axis=1)  # [B, L]
     places = np.arange(ids.shape[1])
     kind = uniform(seed, epoch, rows, _KIND + places)
     drawn = (uniform(seed, epoch, rows, _WORD + places) * len(replacements)).astype(np.int64)
