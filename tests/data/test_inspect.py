@@ -14,6 +14,7 @@ from PIL import Image
 from vlpfast.cli import data
 from vlpfast.data import ShardWriter
 from vlpfast.data.inspect import preview, stats
+from vlpfast.data.shards import verify
 from vlpfast.types import UserError
 
 TOP = 4  # pixels above a tile on the sheet
@@ -54,7 +55,7 @@ def media(tmp_path: Path) -> Path:
         writer.write("high", {"flac": sound(1, 5000), "txt": b"a high tone", "json": b'{"audio": {"duration": 7, "rate": 8000}}'})
         writer.write("clip", {"mp4": clip([30] * 10 + [90] * 10 + [150] * 10 + [210] * 10), "txt": b"it gets lighter"})
         writer.write("cut", {"mp4": clip([30] * 10)[:300], "txt": b"cut"})
-        writer.write("other", {"vol": b"123"})
+        writer.write("other", {"npy": b"123"})
     return tmp_path / "m"
 
 
@@ -67,7 +68,7 @@ def test_stats_of_media(media: Path, capsys: pytest.CaptureFixture[str]) -> None
     lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.strip()}
     assert lines["rates"] == "16000 Hz: 1, 8000 Hz: 1" and lines["pictures"] == "64 x 64: 1"
     assert lines["seconds"] == "2.0 to 7.0, median 4.0, together 0.00 hours"
-    assert lines["damaged"] == "1 videos or sounds that cannot be read"
+    assert lines["damaged"] == "1 videos, sounds or volumes that cannot be read"
 
 
 def test_a_package_that_is_missing_is_named(media: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -122,3 +123,25 @@ def test_previews_of_documents(tmp_path: Path) -> None:
     assert first[50, 50].tolist() == [255, 0, 0] and first[50, 160].tolist() == [0, 0, 255] and (first[160, 50] == 255).all()
     preview(str(tmp_path / "d"), tmp_path / "sheet.html")
     assert "see and &lt;hear&gt;" in (tmp_path / "sheet.html").read_text()
+
+
+def test_volumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = pytest.importorskip("vlpfast.data.volume_file", reason="waits for the reader of volumes")
+    voxels = np.zeros((8, 20, 16), np.int16)
+    voxels[5:] = 100  # the upper part; rows of a slice run to the front, columns to the right
+    voxels[:, 12:, :] += 50
+    content = store.encode_volume(voxels, np.diag([1.0, 1.0, 2.0, 1.0]), threshold=-1.0)
+    with ShardWriter(tmp_path / "v", "x") as writer:
+        writer.write("a", {"vol": content, "json": b"{}"})
+        writer.write("b", {"vol": content[:-5]})
+    found = stats(str(tmp_path / "v"))
+    assert found.volumes == {(8, 20, 16): 1} and found.damaged_media == 1
+    assert data.main(["stats", str(tmp_path / "v")]) == 0 and "voxels      8 x 20 x 16: 1" in capsys.readouterr().out
+    damaged = verify(str(tmp_path / "v")).shards[0].damaged
+    assert [key for key, _ in damaged] == ["b"] and "its vol is damaged" in damaged[0][1]
+    preview(str(tmp_path / "v"), tmp_path / "sheet.png")
+    first = tile(Image.open(tmp_path / "sheet.png"), 0)[..., 0].astype(int)
+    above, front, side = first[:110, :110], first[:110, 114:], first[114:, :110]
+    assert above[10, 40] - above[90, 40] == pytest.approx(255 / 3, abs=10)  # the middle slice: the front is lighter
+    assert front[10, 50] - front[90, 50] == pytest.approx(2 * 255 / 3, abs=10)  # seen from the front: the head is
+    assert side[10, 100] - side[10, 10] == pytest.approx(255 / 3, abs=10)  # from the side: the front is on the right

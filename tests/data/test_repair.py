@@ -184,7 +184,7 @@ def test_other_kinds_are_known_whole(tmp_path: Path) -> None:
         "media",
         {"a": {"wav": sound(), "json": b"{}"}, "b": {"wav": b"RIFF"}, "c": {"wav": b""}, "d": {"flac": sound()}},
     )
-    odd = write(tmp_path, "odd", {"a": {"vol": b"1"}, "b": {"vol": b"2"}})
+    odd = write(tmp_path, "odd", {"a": {"npy": b"1"}, "b": {"npy": b"2"}})
     bare = write(tmp_path, "bare", {"p": {"jpg": picture()}})
     assert {key for key, _ in verify(str(text)).shards[0].damaged} == {"b"}
     found = dict(verify(str(paper)).shards[0].damaged)

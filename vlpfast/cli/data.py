@@ -296,6 +296,8 @@ def _stats(arguments: argparse.Namespace) -> int:
         lengths = sorted(found.durations)
         middle = lengths[len(lengths) // 2]
         print(f"seconds     {lengths[0]:.1f} to {lengths[-1]:.1f}, median {middle:.1f}, together {sum(lengths) / 3600:.2f} hours")
+    if found.volumes:
+        print(f"voxels      {_most(Counter({' x '.join(map(str, shape)): n for shape, n in found.volumes.items()}), 6)}")
     if found.documents:
         print(f"documents   {found.documents}, with {found.document_pictures / found.documents:.1f} pictures each")
     print(f"captions    {len(found.words)}, {len(found.vocabulary)} different words")
@@ -303,7 +305,7 @@ def _stats(arguments: argparse.Namespace) -> int:
     if found.without_picture or found.without_caption:
         print(f"damaged     {found.without_picture} without a readable picture, {found.without_caption} without a caption")
     if found.damaged_media:
-        print(f"damaged     {found.damaged_media} videos or sounds that cannot be read")
+        print(f"damaged     {found.damaged_media} videos, sounds or volumes that cannot be read")
     seconds = max(found.read_seconds, 1e-9)
     print(
         f"reading     {found.examined / seconds:,.0f} samples/s, {_bytes(found.read_bytes / seconds)}/s (bytes alone, 4 threads)"

@@ -10,11 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
 from vlpfast.data import shards as store
-from vlpfast.data.media_info import audio_info, video_info
+from vlpfast.data.media_info import audio_info, video_info, volume_info
 from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSet
 
 _DOCUMENT_PICTURE = re.compile(rf"\d+\.({'|'.join(IMAGE_EXTENSIONS)})")
+
+_MEDIA: dict[str, Callable[[BinaryIO], Any]] = {
+    **dict.fromkeys(VIDEO_EXTENSIONS, video_info),
+    **dict.fromkeys(AUDIO_EXTENSIONS, audio_info),
+    "vol": volume_info,
+}
 
 
 class Needs(NamedTuple):
@@ -32,8 +38,8 @@ def needs(shards: ShardSet, captions: bool = True) -> Needs:
 
 
 def problems(shards: ShardSet, samples: Sequence[int], wanted: Needs, decode: bool, pool: ThreadPoolExecutor) -> list[list[str]]:
-    """For each of the samples what is wrong with it. decode: pictures are decoded, of videos the first frame, of sounds the end.
-    Raises UserError where the package for that is missing."""
+    """For each of the samples what is wrong with it. decode: pictures are decoded, of videos the first frame, of sounds the end,
+    volumes whole. Raises UserError where the package for that is missing."""
     records = [_parts(content) for content in shards.read(samples, ("json",))]
     pictures = shards.read(samples, IMAGE_EXTENSIONS) if wanted.picture else [None] * len(samples)
     wrong = pool.map(lambda content: store._picture_problem(content, decode), pictures)
@@ -46,8 +52,8 @@ def problems(shards: ShardSet, samples: Sequence[int], wanted: Needs, decode: bo
         own = [picture] if wanted.picture else []
         own += [store._caption_problem(text, meta)] if wanted.caption else []
         for name in shards.extensions(i):
-            if name in VIDEO_EXTENSIONS or name in AUDIO_EXTENSIONS:
-                own.append(_media_problem(shards, i, name, video_info if name in VIDEO_EXTENSIONS else audio_info, decode))
+            if name in _MEDIA:
+                own.append(_media_problem(shards, i, name, _MEDIA[name], decode))
         found.append([problem for problem in own if problem])
     return found
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from vlpfast.data.content import Needs, needs
-from vlpfast.data.media_info import audio_info, require, video_info
+from vlpfast.data.media_info import audio_info, require, video_info, volume_file
 from vlpfast.data.pictures import DamagedSample, decode_rgb, picture_size
 from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSet
 from vlpfast.types import UserError
@@ -42,6 +42,7 @@ class Stats:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # width, height of the pictures or videos in pixels
     durations: list[float] = field(default_factory=list)  # seconds of the videos and sounds
     rates: Counter[int] = field(default_factory=Counter)  # Hz of the sounds
+    volumes: Counter[tuple[int, ...]] = field(default_factory=Counter)  # depth, height, width in voxels
     documents: int = 0
     document_pictures: int = 0
     words: list[int] = field(default_factory=list)  # length of each caption or document
@@ -112,6 +113,13 @@ def _text_of(parts: list[Any]) -> str:
 
 
 def _count_media(out: Stats, shards: ShardSet, i: int, record: dict[str, Any]) -> None:
+    if "vol" in shards.extensions(i):
+        (content,) = shards.read([i], ("vol",))
+        out.read_bytes += len(content)
+        try:
+            out.volumes[volume_file().read_header(content).shape] += 1
+        except DamagedSample:
+            out.damaged_media += 1
     for kind, extensions, about in (("video", VIDEO_EXTENSIONS, video_info), ("audio", AUDIO_EXTENSIONS, audio_info)):
         if not set(extensions) & set(shards.extensions(i)):
             continue
@@ -139,8 +147,9 @@ def _count_words(out: Stats, caption: str) -> None:
 
 def preview(patterns: str | Sequence[str], path: str | os.PathLike[str], *, count: int = 24, threads: int = 4) -> int:
     """Writes a contact sheet (.png or .html) of `count` samples, spread evenly, with their captions, and with boxes where the
-    JSON has `objects` with a `box` (x0, y0, x1, y1 in pixels). Of a video four frames, of a sound its spectrogram, of a document
-    its first four pictures, of anything else the names of its members. -> how many samples are on it.
+    JSON has `objects` with a `box` (x0, y0, x1, y1 in pixels). Of a video four frames, of a sound its spectrogram, of a volume
+    its middle slices, of a document its first four pictures, of anything else the names of its members. -> how many samples are
+    on it.
 
     The font of a .png knows Latin letters alone; an .html shows every script. Raises UserError for another kind of file, one
     that cannot be written, and what ShardSet refuses."""
@@ -200,6 +209,9 @@ def _tile(shards: ShardSet, i: int, record: dict[str, Any]) -> Image.Image:
             (content,) = shards.read([i], extensions)
             if content is not None:
                 return _boxed(decode_rgb(content.tobytes()), record) if show is None else show(content.tobytes())
+        (content,) = shards.read([i], ("vol",))
+        if content is not None:
+            return _middle_slices(content)
         members = [name for name in shards.extensions(i) if name not in ("txt", "json")]
         raise DamagedSample(f"members: {', '.join(members)}" if members else "no picture")
     except DamagedSample as damage:
@@ -259,6 +271,30 @@ def _frames(content: bytes) -> Image.Image:
     except (av.FFmpegError, ValueError) as error:
         raise DamagedSample(f"the video cannot be read: {error}") from error
     return _grid(frames)
+
+
+def _middle_slices(content: np.ndarray) -> Image.Image:
+    """From above, from the front and from the side, head and front upwards, between the foreground's lowest and highest
+    percent."""
+    store = volume_file()
+    info = store.read_header(content)
+    depth, height, width = map(np.arange, info.shape)
+    low, high = (info.percentiles[store.PERCENTILES.index(share)] for share in (1.0, 99.0))
+    middle = [places[len(places) // 2, None] for places in (depth, height, width)]
+    planes = [
+        store.read_slices(content, info, middle[0], height, width)[0],
+        store.read_slices(content, info, depth, middle[1], width)[:, 0],
+        store.read_slices(content, info, depth, height, middle[2])[:, :, 0],
+    ]
+    pictures = []
+    for plane, (down, across) in zip(planes, ((1, 2), (0, 2), (0, 1)), strict=True):
+        values = plane[::-1].astype(np.float64) * info.slope + info.intercept
+        grey = ((values - low) / max(high - low, 1e-9)).clip(0, 1) * 255
+        picture = Image.fromarray(grey.astype(np.uint8))
+        edges = picture.width * info.spacing[across], picture.height * info.spacing[down]  # mm
+        size = tuple(max(1, round(edge / max(edges) * _TILE)) for edge in edges)
+        pictures.append(picture.resize(size, Image.Resampling.BILINEAR).convert("RGB"))
+    return _grid(pictures)
 
 
 def _spectrogram(content: bytes) -> Image.Image:

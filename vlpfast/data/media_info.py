@@ -1,9 +1,11 @@
-"""What videos and sounds say of themselves, and whether they can be read."""
+"""What videos, sounds and volumes say of themselves, and whether they can be read."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from vlpfast.data.pictures import DamagedSample
 from vlpfast.types import UserError
@@ -46,6 +48,24 @@ def audio_info(file: BinaryIO) -> dict[str, Any]:
             return {"duration": duration, "rate": sound.samplerate, "channels": sound.channels}
     except soundfile.SoundFileError as error:
         raise DamagedSample(f"the sound cannot be read: {error}") from error
+
+
+def volume_info(file: BinaryIO) -> dict[str, Any]:
+    """shape [D, H, W]; every slice is unpacked. Raises DamagedSample."""
+    store = volume_file()
+    content = np.frombuffer(file.read(), np.uint8)
+    info, one = store.read_header(content), np.zeros(1, np.int64)
+    for read in (store.read_slices, store.read_labels)[: 1 + info.labels]:
+        read(content, info, np.arange(info.shape[0]), one, one)
+    return {"shape": list(info.shape)}
+
+
+def volume_file() -> Any:
+    """The reader of the member `vol`."""
+    try:
+        return importlib.import_module("vlpfast.data.volume_file")
+    except ImportError as error:
+        raise MissingPackage(f"this version of vlpfast cannot read volumes: {error}") from error
 
 
 class MissingPackage(UserError):

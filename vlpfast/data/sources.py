@@ -104,7 +104,7 @@ def _rows(root: str, path: str, options: Options) -> Iterator[tuple[list[str], A
     if extension(path) == "parquet":
         pyarrow, parquet = require("pyarrow", "build"), importlib.import_module("pyarrow.parquet")
         try:
-            with opened(root, path) as raw, parquet.ParquetFile(raw) as file:
+            with opened(root, path) as raw, parquet.ParquetFile(raw, pre_buffer=False) as file:
                 for batch in file.iter_batches(batch_size=64):
                     for row in batch.to_pylist():
                         yield list(batch.schema.names), row
