@@ -314,17 +314,19 @@ def test_text_tables(tmp_path: Path, kind: str) -> None:
         ["k 1", "p/a.jpg", '"two\nlines, ""quoted"""', "1.5"],
         ["x", "p/none.jpg", "c", "2"],
         ["only"],
+        [" ", "p/a.jpg", "c", "2"],
     ]
     put(tmp_path, f"t.{kind}", "\ufeff" + "\r\n".join(tab.join(row) for row in rows))
     put(tmp_path, "p/a.jpg", encoded())
     options = Options(picture="path", caption="title", key="id", drop=("score",))
     report = build("table", tmp_path / f"t.{kind}", tmp_path / "out", options)
-    assert (report.samples, report.skipped) == (1, 2)
+    assert (report.samples, report.skipped) == (1, 3)
     assert contents(tmp_path / "out") == {"k_1": {"jpg": encoded(), "txt": b'two\nlines, "quoted"'}}
     reasons = skipped(tmp_path / "out")
     assert "No such file" in reasons[f"t.{kind}:2"] and "has 1 columns, the head has 4" in reasons[f"t.{kind}:3"]
+    assert "'id' is empty" in reasons[f"t.{kind}:4"]
     build("table", tmp_path / f"t.{kind}", tmp_path / "kept", Options(picture="path", caption="title"))
-    ((key, members),) = contents(tmp_path / "kept").items()
+    (key, members), *_ = contents(tmp_path / "kept").items()
     assert key == "t/00000000" and json.loads(members["json"]) == {"id": "k 1", "score": "1.5"}
     for changes in ({"picture": "image"}, {"caption": "text"}, {"key": "none"}, {"drop": ("score", "none")}):
         with pytest.raises(UserError, match=r"has no column '(image|text|none)' \(--\w+\); it has id, path, title, score"):

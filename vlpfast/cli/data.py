@@ -158,7 +158,10 @@ def _add_build(commands) -> None:
     # What is not given stays out of the namespace: the defaults, and which kind knows which option, are the library's to say.
     option = partial(add.add_argument, default=argparse.SUPPRESS)
     option(
-        "--max-caption", type=_positive, metavar="N", help="longer captions are skipped, in characters (10000; text 10 million)"
+        "--max-caption",
+        type=_positive,
+        metavar="N",
+        help="longer captions are skipped, in characters (10000; documents 1 million, text 10)",
     )
     option("--no-captions", dest="captions", action="store_false", help="inputs without a caption are taken too")
     option("--no-decode", dest="decode", action="store_false", help="look at the pictures' headers alone: much faster")

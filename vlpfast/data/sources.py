@@ -159,7 +159,10 @@ def _make_row(root: str, task: Task, options: Options) -> Iterator[Sample]:
         raise DamagedSample(f"the column {options.caption!r} is {type(caption).__name__}, expected a text")
     key = f"{stem_of(path)}/{number:08d}"
     if options.key:
-        key = str(record.pop(options.key, row[options.key]))
+        record.pop(options.key, None)
+        key = "" if row[options.key] is None else str(row[options.key])
+        if not key.strip():
+            raise DamagedSample(f"the column {options.key!r} is empty, it should hold the key")
     yield key, {**members, **({"json": dump(record)} if record else {})}
 
 
