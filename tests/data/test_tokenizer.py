@@ -214,6 +214,36 @@ def test_what_is_no_tokenizer_is_refused(trained, tmp_path):
         load_tokenizer(file)
 
 
+@pytest.mark.parametrize("names", [("<s>", "</s>", None), ("</s>", "</s>", "<pad>"), ("<|begin|>", "<|end|>", "<|end|>")])
+def test_special_tokens_that_the_configuration_names(names, tmp_path):
+    """LLaMA's, OPT's and other language models': what their names say is not what they are."""
+    transformers = pytest.importorskip("transformers", reason="waits for the package transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokens = ["<unk>", "<s>", "</s>", "<pad>", "<|begin|>", "<|end|>", "a", "red", "dog"]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {name: token for name, token in zip(("bos_token", "eos_token", "pad_token"), names, strict=True) if token}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "theirs")
+    ours = load_tokenizer(tmp_path / "theirs")
+    bos, eos = (tokens.index(name) for name in names[:2])
+    pad = tokens.index(names[2]) if names[2] else eos
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (bos, eos, pad)
+    assert ours.encode(["a red dog"], 7)[0].tolist() == [[bos, 6, 7, 8, eos, pad, pad]]
+    (tmp_path / "run").mkdir()
+    ours.save(str(tmp_path / "run" / "tokenizer.json"))
+    again = load_tokenizer(tmp_path / "run" / "tokenizer.json")
+    assert (again.bos_id, again.eos_id, again.pad_id) == (bos, eos, pad)
+    config = tmp_path / "run" / "tokenizer_config.json"
+    for content, message in (
+        ('{"bos_token": "<x>", "eos_token": "</s>"}', "names the special token '<x>'"),
+        ("[", "cannot be read"),
+    ):
+        config.write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(tmp_path / "run")
+
+
 # --- CLIP's vocabulary files ----------------------------------------------------------------------------------------------
 
 

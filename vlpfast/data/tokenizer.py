@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _PAD, _BOS, _EOS, _MASK = "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|mask|>"
+_CONFIG = "tokenizer_config.json"
 _MASKS = (_MASK, "[MASK]", "<mask>")  # ours, BERT's, RoBERTa's
 
 # bos, eos, and the names that padding may have. CLIP's vocabulary has no token for it and pads with eos, as transformers does.
@@ -49,11 +50,13 @@ class TextTokenizer:
     ("<|endoftext|>") is text, not that token.
     """
 
-    def __init__(self, backend: Backend, bos: str, eos: str, pad: str):
+    def __init__(self, backend: Backend, bos: str, eos: str, pad: str, *, named: bool = False):
+        """named: the special tokens cannot be told by their names alone, so `save` writes them down."""
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
+        self._names = {"bos_token": bos, "eos_token": eos, "pad_token": pad} if named else None
         self.vocab_size = max(backend.get_vocab().values()) + 1
         self.bos_id, self.eos_id, self.pad_id = (backend.token_to_id(token) for token in (bos, eos, pad))
         self.mask_id: int | None = next((i for i in map(backend.token_to_id, _MASKS) if i is not None), None)
@@ -109,18 +112,25 @@ class TextTokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=True).strip()
 
     def save(self, path: str) -> None:
-        """Writes a tokenizer.json that transformers reads too. It appears under its name only when it is whole."""
-        aside = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.write(self._backend.to_str(pretty=True))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-            raise
+        """Writes a tokenizer.json that transformers reads too. It appears under its name only when it is whole. If the special
+        tokens were named by a tokenizer_config.json, one appears beside it."""
+        if self._names is not None:
+            _write(os.path.join(os.path.dirname(path), _CONFIG), json.dumps(self._names, ensure_ascii=False, indent=1) + "\n")
+        _write(path, self._backend.to_str(pretty=True))
+
+
+def _write(path: str, text: str) -> None:
+    aside = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, mask: bool = False) -> TextTokenizer:
@@ -157,8 +167,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, mask: bool = False
 
 def load_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     """Any Hugging Face tokenizer.json, or the folder that holds one; CLIP's vocabulary as vocab.json and merges.txt in a folder,
-    or as the file of merges alone, as OpenAI released it (bpe_simple_vocab_16e6.txt, also .gz). The special tokens are found by
-    their names in CLIP's, BERT's and RoBERTa's vocabularies. Raises UserError if the file cannot be read or has none of these.
+    or as the file of merges alone, as OpenAI released it (bpe_simple_vocab_16e6.txt, also .gz). The special tokens are those that
+    a tokenizer_config.json beside it names (bos or cls, eos or sep, pad or else eos), else they are found by their names in
+    CLIP's, BERT's and RoBERTa's vocabularies. Raises UserError if the file cannot be read or has none of these.
     """
     path = os.fspath(path)
     if path.endswith((".txt", ".txt.gz")):
@@ -178,6 +189,8 @@ def _from_json(file: str) -> TextTokenizer:
         backend = Tokenizer.from_file(file)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"tokenizer: {file} cannot be read as a tokenizer.json: {error}") from error
+    if (names := _special_names(os.path.join(os.path.dirname(file), _CONFIG), backend)) is not None:
+        return TextTokenizer(backend, *names, named=True)
     missing = []
     for bos, eos, pads in _FAMILIES:
         absent = [token for token in (bos, eos) if backend.token_to_id(token) is None]
@@ -186,6 +199,29 @@ def _from_json(file: str) -> TextTokenizer:
             return TextTokenizer(backend, bos, eos, pad)
         missing.append(", ".join(absent if pad is not None else [*absent, pads[0]]))
     raise UserError(f"tokenizer: {file} lacks special tokens; one of these sets is needed and missing: {'; or '.join(missing)}")
+
+
+def _special_names(path: str, backend: Backend) -> tuple[str, str, str] | None:
+    """bos, eos, pad as the configuration beside a tokenizer.json names them; None if it does not. Where it names no pad, eos
+    pads."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+        found = {name: config.get(f"{name}_token") for name in ("bos", "cls", "eos", "sep", "pad")}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"tokenizer: {path} cannot be read: {error}") from error
+    names = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    bos, eos = names["bos"] or names["cls"], names["eos"] or names["sep"]
+    if not bos or not eos:
+        return None
+    special = bos, eos, names["pad"] or eos
+    if absent := [token for token in special if backend.token_to_id(token) is None]:
+        raise UserError(
+            f"tokenizer: {path} names the special token {absent[0]!r}, which the tokenizer.json beside it does not have"
+        )
+    return special
 
 
 # --- CLIP's files --------------------------------------------------------------------------------------------------------
