@@ -21,6 +21,7 @@ class Batch(TypedDict, total=False):
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
     index: Tensor  # [B] int64 position of the sample in its source, on the CPU
+    source: Tensor  # [B] int64 number of the source in a mixture, on the CPU; only with several sources
     crop: Tensor  # [B, 5] float32 x0, y0, width, height as fractions of the stored picture, then 1 if mirrored; on the CPU
     key: list[str]  # [B] WebDataset keys
     meta: list[dict[str, Any]]  # [B] the sample's JSON; only when the loader was asked for it

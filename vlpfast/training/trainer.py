@@ -28,7 +28,7 @@ from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
 from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, UserError
 
 EXIT_PREEMPTED = 75  # what a command ends with after SIGTERM or SIGUSR1, the position saved: start it again to go on
-ON_HOST = ("index", "crop")  # fields of a batch that stay on the CPU
+ON_HOST = ("index", "source", "crop")  # fields of a batch that stay on the CPU
 
 
 @dataclass
