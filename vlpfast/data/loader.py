@@ -84,19 +84,19 @@ def make_loader(
     order for every back end, device and number of threads. Ranks share samples, not shards: there may be fewer shards.
 
     Several sources: an epoch is as many samples as all of them have, divided by the weights to the sample, in random order. A
-    source goes on from epoch to epoch where it stood, in a new order after each pass, so a small one with a large weight repeats.
-    Batch["source"] numbers them in their order. pure_batches: each global batch (of world_size * batch_size) is of one source; the
-    weights then divide an epoch's batches, and nothing is dropped.
+    source goes on from epoch to epoch where it stood, in a new order after each pass, so a small one with a large weight
+    repeats. Batch["source"] numbers them in their order. pure_batches: each global batch (world_size * batch_size samples) is of
+    one source; the weights then divide an epoch's batches, and no sample is dropped.
 
     A sample that lacks a modality, with a picture that PIL cannot decode or a caption that is not UTF-8 is left out, logged
     and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in the
     member `json`.
 
     patterns: shards as ShardSet takes them, or those of each source by its name. weights: share of the samples by source, of any
-    sum; None: in proportion to the sources' sizes. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or "auto",
-    which is DALI where it is installed (pictures alone). device: where the batch lies, but for what Batch says lies on the CPU
-    ("cuda:1" also decodes there with DALI). window:
-    shards that are shuffled together. with_meta: adds Batch["meta"], the sample's json member ({} if it has none).
+    sum; None: in proportion to the sources' sizes. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or
+    "auto", which is DALI where it is installed (pictures alone). device: where the batch lies, but for what Batch says lies on
+    the CPU ("cuda:1" also decodes there with DALI). window: shards that are shuffled together. with_meta: adds Batch["meta"],
+    the sample's json member ({} if it has none).
     """
     if batch_size < 1 or threads < 1 or window < 1:
         raise ValueError(f"expected batch_size, threads and window of at least 1, got {batch_size}, {threads}, {window}")

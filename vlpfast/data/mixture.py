@@ -94,7 +94,7 @@ class Mixture:
         return np.searchsorted(self._ends, index, "right")
 
     def quotas(self, total: int, what: str = "samples") -> list[int]:
-        """`total` divided by the weights, exactly: rounded down, then the largest remainders get one more, the first of equal ones.
+        """`total` divided by the weights: rounded down, then one more for the largest remainders, of equal ones the first.
         UserError: a source gets none."""
         weights = [Fraction(weight) for weight in self.weights or self.sizes]
         exact = [total * weight / sum(weights) for weight in weights]
@@ -112,9 +112,9 @@ class Mixture:
         return sources[np.argsort(random_bits(seed, epoch, np.arange(len(sources)), _SOURCE_ORDER), kind="stable")]
 
     def epoch_order(self, seed: int, epoch: int, window: int) -> np.ndarray:
-        """int64 [samples of all sources]: tickets of an epoch, the same on every rank, of each source exactly its quota, at random
-        places. A source goes on where it stood at the end of the epoch before, in a new permutation after each pass, so each of
-        its samples comes before any comes again."""
+        """int64 [samples of all sources]: tickets of an epoch, the same on every rank, of each source exactly its quota, at
+        random places. A source goes on where it stood at the end of the epoch before, in a new permutation after each pass, so
+        each of its samples comes before any comes again."""
         quotas = self.quotas(self.total)
         schedule = self.schedule(quotas, seed, epoch)
         order = np.empty(self.total, np.int64)

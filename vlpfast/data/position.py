@@ -110,9 +110,8 @@ class PureCourse:
         source = int(self._schedule[1][place])
         entries, start = self._gaps[source]
         dealt = self._rank + self._world_size * (position.taken[source] + np.arange(count))
-        places = np.where(
-            dealt < len(entries), np.append(entries, 0)[np.minimum(dealt, len(entries))], dealt - len(entries) + start
-        )
+        ahead = dealt >= len(entries)
+        places = np.concatenate([entries[dealt[~ahead]], dealt[ahead] - len(entries) + start])
         taken = [number + count * (s == source) for s, number in enumerate(position.taken)]
         return self._mixture.tickets(source, places, self._seed, self._window), position._replace(taken=taken)
 
@@ -142,8 +141,8 @@ def merge_positions(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     samples have made some faster; the new ranks first finish the earliest of these epochs, then what is left of the next. (Of
     ranks more than 64 epochs apart, the share of the leading ones counts as handed out whole.)
 
-    With pure batches, the schedule is gone on with at the same share of the epoch; where the global batch changes within an epoch,
-    the shares of the sources in that epoch are not exact.
+    With pure batches, the schedule is gone on with at the same share of the epoch; where the global batch changes within an
+    epoch, the shares of the sources in that epoch are not exact.
     """
     for rank, state in enumerate(states):
         if (state["rank"], state["world_size"]) != (rank, len(states)):
