@@ -353,7 +353,7 @@ def _validate_data(data: DataConfig) -> None:
     if data.train and data.mixture:
         raise UserError("data.train and data.mixture: expected one of them, got both")
     if data.pure_batches and not data.mixture:
-        raise UserError("data.pure_batches: batches of one source each need data.mixture, which names no source")
+        raise UserError("data.pure_batches: batches of one source each need data.mixture, which is empty")
     for name, source in data.mixture.items():
         if not source.shards:
             others = [other for other in data.mixture if other != name]
