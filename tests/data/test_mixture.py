@@ -244,9 +244,15 @@ def damage(chance, pattern, count):
 
 @pytest.mark.parametrize("weights", [None, {"a": 3, "b": 1}])
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_each_sample_comes_once_whatever_the_number_of_ranks(tmp_path, seed, pattern, weights):
-    """One run whose number of ranks and batch size change again and again, often several times in an epoch."""
+def test_each_sample_comes_once_whatever_the_number_of_ranks(tmp_path, pattern, weights):
+    """Runs whose number of ranks and batch size change again and again, often several times in an epoch."""
+    finished, spread = zip(*(one_run(tmp_path / str(seed), seed, pattern, weights) for seed in SEEDS), strict=True)
+    assert min(finished) >= 1
+    assert max(spread) > 0 or pattern != "many"  # ranks in different epochs were among them
+
+
+def one_run(tmp_path, seed, pattern, weights):
+    """-> epochs finished, and how many epochs ranks were apart at most."""
     chance = random.Random(f"{seed} {pattern} {weights}")
     bad = damage(chance, pattern, 90)
     patterns = write(tmp_path / "a", 90, 11, bad, key="a")
@@ -257,7 +263,8 @@ def test_each_sample_comes_once_whatever_the_number_of_ranks(tmp_path, seed, pat
     handed_out: dict[int, Counter] = {}
     states, checked, spread = None, 0, 0
     for _ in range(14):
-        world_size, batch_size = chance.randint(1, 7), chance.randint(1, 6)
+        world_size = chance.randint(1, 7)
+        batch_size = chance.randint(1, min(6, 18 // world_size))  # so few that the damage of a share never takes a whole epoch
         loaders = ranks(patterns, world_size, batch_size, seed=seed, window=window, weights=weights)
         if states is not None:
             for loader in loaders:
@@ -274,9 +281,8 @@ def test_each_sample_comes_once_whatever_the_number_of_ranks(tmp_path, seed, pat
             assert not handed_out[epoch] - expected  # none twice, no damaged one
             assert (expected - handed_out[epoch]).total() < world_size * batch_size
         checked = min(epochs)
-    if seed < 3:  # these runs do meet what is to be shown
-        assert checked >= 1 and (spread > 0 or pattern != "many")
     assert all("not UTF-8" in reason for reason in loaders[0].skipped.values())
+    return checked, spread
 
 
 def epoch_indices(seed, epoch, window, weights):

@@ -221,6 +221,7 @@ class ShardLoader:
         self._position = course.start()
         self._loaded = False  # a position was loaded that the next iteration starts from
         self._damaged: dict[int, str] = {}  # known to the thread that works ahead
+        self._left_out_last: list[int] = []  # damaged samples behind the last batch of an evaluation pass
         self._iteration: Callable[[], Any] = lambda: None  # weak reference
 
     def __len__(self) -> int:
@@ -261,7 +262,7 @@ class ShardLoader:
     def _iterate(self) -> Iterator[Batch]:
         if not self._train and not self._loaded:
             self._position = self._course.start()
-        self._loaded = False
+        self._loaded, self._left_out_last = False, []
         produced = self._produce(self._position)
         pool = ThreadPoolExecutor(1, thread_name_prefix="vlpfast-loader")
         try:
@@ -269,18 +270,22 @@ class ShardLoader:
             while (plan := waiting.popleft().result()) is not None:
                 waiting.append(pool.submit(next, produced, None))
                 self._position = plan.end
-                for index in plan.left_out:
-                    if (name := self._shards.name(index)) not in self.skipped:
-                        self.skipped[name] = self._damaged[index]
-                        _log.warning("left out %s: %s", name, self._damaged[index])
+                self._note(plan.left_out)
                 if self._stream is not None:
                     for value in plan.batch.values():
                         if isinstance(value, Tensor) and value.is_cuda:
                             value.record_stream(torch.cuda.current_stream(self._device))
                 yield plan.batch
+            self._note(self._left_out_last)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             produced.close()
+
+    def _note(self, left_out: list[int]) -> None:
+        for index in left_out:
+            if (name := self._shards.name(index)) not in self.skipped:
+                self.skipped[name] = self._damaged[index]
+                _log.warning("left out %s: %s", name, self._damaged[index])
 
     def _produce(self, position: Position) -> Iterator[_Plan]:
         """Plans with whole batches, from `position` on; runs in the thread that works ahead."""
@@ -344,6 +349,7 @@ class ShardLoader:
                     break
                 seen += len(taken)
                 indices = (taken % len(self._shards)).tolist()
+                self._damaged |= {index: problem for index in indices if (problem := self._shards.problem(index))}
                 samples += self._read(modalities, [index for index in indices if index not in self._damaged])
                 good = [index not in self._damaged for index in indices]
                 tickets += taken[good].tolist()
@@ -361,6 +367,7 @@ class ShardLoader:
                     f"a batch takes {self.batch_size if self._train else 'at least 1'} ({reasons})"
                 )
             if not self._train:
+                self._left_out_last = left_out
                 return None
             position = self._course.next_epoch(begun)
 
@@ -401,7 +408,7 @@ def _parse_json(content: np.ndarray | None) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(content.tobytes())
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one; brackets within brackets without end
         raise DamagedSample(f"the json member cannot be parsed: {error}") from error
     if not isinstance(record, dict):
         raise DamagedSample(f"the json member is a {type(record).__name__}, expected an object")
@@ -417,4 +424,8 @@ def _caption(text: np.ndarray | None, record: dict[str, Any]) -> str:
     caption = record.get("caption")
     if not isinstance(caption, str):
         raise DamagedSample('no caption (a member txt, or a member json with a text "caption")')
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # "\ud800": JSON can say what no text may hold, and tokenizers refuse
+        raise DamagedSample(f"the caption is not a text: {error}") from error
     return caption
