@@ -240,7 +240,9 @@ class ShardLoader:
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """state: one that this rank saved, or those of all ranks in their order, whatever their number: with as many ranks as now
         each takes its own, else all of them go on together where those stopped (position.merge_positions). The batch size may be
-        another. Raises UserError if the position was saved for other data, sources, seed or window, or one alone by another rank.
+        another (what a rank has left out of an epoch's last batch, at the old size, stays left out if it takes its own).
+
+        Raises UserError if the position was saved for other data, sources, seed or window, or one alone by another rank.
         """
         if not isinstance(state, Mapping):
             same = len(state) == self._identity["world_size"]
