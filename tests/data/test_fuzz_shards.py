@@ -485,7 +485,7 @@ def check(number: int, folder: Path) -> str:
     opened = ShardSet(str(path))  # now by its index
     keys = [opened.key(i) for i in range(len(opened))]
     theirs = keys_by_tarfile(content)
-    # Python's reader takes a mode or a date that is no number for the end of the archive, and of two long names for one member the
+    # Python's reader takes a mode that is no number for the end of the archive, and of two long names for one member the
     # first; GNU tar takes the last, and so do we.
     assert keys == theirs or ("sealed" in name and keys[: len(theirs)] == theirs) or "GNU names and" in name
     assert report.samples == len(opened) and report.problem in ("", shards.NOT_CLOSED)
