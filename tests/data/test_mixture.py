@@ -20,6 +20,7 @@ from vlpfast.data.mixture import Mixture
 from vlpfast.data.order import Remainder, gaps
 from vlpfast.data.position import merge_positions
 from vlpfast.training.config import Stage
+from vlpfast.training.parallel import World
 from vlpfast.types import DataSpec, ImageSpec, TextSpec, UserError
 
 TEXT = DataSpec(None, TextSpec(4))
@@ -449,17 +450,15 @@ def test_a_mixture_is_opened_as_configured(sources):
     assert len(list(assemble.captions(found.train))) == 84
     for world_size, name, pure in ((1, "one", False), (3, "one", False), (3, "two", True)):
         stage = config.stages.get(name, Stage())
-        loaders = [
-            assemble.open_loader(config, found, Lengths(), torch.device("cpu"), name, stage, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
+        worlds = [World(rank, world_size) for rank in range(world_size)]
+        loaders = [assemble.open_loader(config, found, Lengths(), world, name, stage) for world in worlds]
         seen = steps(loaders, 4)
         assert {len(batch["key"]) for step in seen for batch, _ in step} == {21 // world_size}
         shares = [torch.cat([batch["source"] for batch, _ in step]).bincount(minlength=3) for step in seen]
         assert sum(shares).tolist() == [21, 42, 21]
         assert all((of > 0).sum() == 1 for of in shares) == pure
-    with pytest.raises(UserError, match=r"train.batch_size: expected a multiple of the 2 processes that share it, got 21"):
-        assemble.open_loader(config, found, Lengths(), torch.device("cpu"), "one", Stage(), world_size=2)
+    with pytest.raises(UserError, match=r"train.batch_size: expected a multiple of the 2 ranks, got 21"):
+        assemble.open_loader(config, found, Lengths(), World(0, 2), "one", Stage())
 
 
 def test_configurations_that_make_no_sense_are_refused(sources):
