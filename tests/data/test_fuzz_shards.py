@@ -516,6 +516,43 @@ def check(number: int, folder: Path) -> str:
     return "whole" if sound == len(pairs) - any(pair[0] is None for pair in pairs) and not left_out else "in part"
 
 
+@pytest.mark.parametrize(
+    ("key", "extra", "reason"),
+    [
+        ("../a", b"", "leads out of the shard"),
+        ("a/../b", b"", "leads out of the shard"),
+        ("/etc/a", b"", "leads out of the shard"),
+        ("a", member("a.txt", caption(9).encode()), "has the member txt twice"),
+        ("a", member("a.PNG", picture(9)), "has the member png twice"),
+        ("./a..b/c", b"", ""),
+        ("a", member("a.txt", kind=b"2", link=b"/etc/passwd") + member("a.png", kind=b"1", link=b"b.png"), ""),
+        ("a", member("a.txt", kind=b"3") + member("a.png", kind=b"6") + member("a.png/", kind=b"5"), ""),
+    ],
+)
+def test_samples_that_are_left_out_for_their_names(tmp_path: Path, key: str, extra: bytes, reason: str) -> None:
+    """And links, devices and folders among a sample's members, which are passed over."""
+    pair = member(f"{key}.png", picture(7)) + member(f"{key}.txt", caption(7).encode())
+    other = member("other.png", picture(8)) + member("other.txt", caption(8).encode())
+    (tmp_path / "a.tar").write_bytes(pair + extra + other + END)
+    loader = make_loader(str(tmp_path), SPEC, Characters(), 4, train=False, backend="plain", threads=1)
+    (batch,) = loader
+    assert list(map(number_of_picture, batch["image"])) == list(map(number_of_caption, map(caption_of, batch["text"])))
+    assert len(batch["key"]) == (1 if reason else 2) and batch["key"][-1] == "other"
+    assert len(loader.skipped) == bool(reason) and all(reason in found for found in loader.skipped.values())
+    problems = [problem for _, problem in verify(str(tmp_path)).shards[0].damaged]
+    assert len(problems) == bool(reason) and all(reason in problem for problem in problems)
+
+
+@pytest.mark.parametrize("text", [b'{"caption": "\\ud800"}', b"[" * 100_000, b'{"caption":' * 100_000])
+def test_json_that_is_no_caption(tmp_path: Path, text: bytes) -> None:
+    content = member("a.png", picture(7)) + member("a.json", text)
+    (tmp_path / "a.tar").write_bytes(content + member("b.png", picture(8)) + member("b.txt", caption(8).encode()) + END)
+    loader = make_loader(str(tmp_path), SPEC, Characters(), 4, train=False, backend="plain", threads=1)
+    assert [batch["key"] for batch in loader] == [["b"]]
+    assert list(loader.skipped) == ["a.tar:a"]
+    assert [name for name, _ in verify(str(tmp_path)).shards[0].damaged] == ["a"]
+
+
 OUTCOMES: Counter[str] = Counter()
 
 
