@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -125,12 +126,13 @@ class Mixture:
         return order
 
     def tickets(self, source: int, places: np.ndarray, seed: int, window: int) -> np.ndarray:
-        """What stands at `places` int64 [B] of a source that is repeated without end -> int64 [B], with every pass counted."""
+        """What stands at `places` int64 [B], ascending, of a source that is repeated without end -> int64 [B], every pass counted."""
         size = self.sizes[source]
         passes = places // size
         tickets = np.empty_like(places)
-        for number in np.unique(passes).tolist():
-            here = passes == number
+        seams = np.flatnonzero(np.diff(passes, prepend=-1)).tolist()
+        for first, end in pairwise([*seams, len(places)]):
+            here, number = slice(first, end), int(passes[first])
             order = self._order(source, number, seed, window)
             tickets[here] = order[places[here] - number * size] + (int(self._ends[source]) - size + number * self.total)
         return tickets
