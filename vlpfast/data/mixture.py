@@ -126,7 +126,7 @@ class Mixture:
         return order
 
     def tickets(self, source: int, places: np.ndarray, seed: int, window: int) -> np.ndarray:
-        """What stands at `places` int64 [B], ascending, of a source that is repeated without end -> int64 [B], every pass counted."""
+        """What stands at `places` int64 [B], ascending, of a source repeated without end -> int64 [B], every pass counted."""
         size = self.sizes[source]
         passes = places // size
         tickets = np.empty_like(places)
