@@ -12,7 +12,7 @@ from vlpfast.ops._checks import DTYPES, check_choice, check_count, check_mask, c
 from vlpfast.ops.contrastive.reference import random_bits
 from vlpfast.ops.tokens import reference
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
 
 class Match(NamedTuple):
