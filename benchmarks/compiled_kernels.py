@@ -35,6 +35,7 @@ from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
 from vlpfast.ops.maxsim import triton_score
 from vlpfast.ops.temporal import triton_attention, triton_segments
 from vlpfast.ops.temporal import triton_kernels as triton_temporal
+from vlpfast.ops.tokens import triton_match
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -140,6 +141,12 @@ def temporal_attention(dtype: torch.dtype, frames: int) -> None:
     triton_attention.backward(out, q, k, v, None, 12, 0.125, False)
 
 
+def match_tokens(dtype: torch.dtype) -> None:
+    """ViT-B's tokens by their keys, r = 16."""
+    metric = torch.empty(256, 197, 64, dtype=dtype, device="meta")
+    triton_match.match(metric, None, None, 2, 1, 16, False, None)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
@@ -165,6 +172,9 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "segment_pool, attention": lambda dtype: segment_pool(dtype, 3),
     "temporal_attention, 8 frames": lambda dtype: temporal_attention(dtype, 8),
     "temporal_attention, 32 frames": lambda dtype: temporal_attention(dtype, 32),
+
+
+    "bipartite_match, 256 images of 197 tokens, C 64, r 16": match_tokens,
 }
 
 
