@@ -35,7 +35,7 @@ from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
 from vlpfast.ops.maxsim import triton_score
 from vlpfast.ops.temporal import triton_attention, triton_segments
 from vlpfast.ops.temporal import triton_kernels as triton_temporal
-from vlpfast.ops.tokens import triton_match
+from vlpfast.ops.tokens import triton_match, triton_merge
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -147,6 +147,15 @@ def match_tokens(dtype: torch.dtype) -> None:
     triton_match.match(metric, None, None, 2, 1, 16, False, None)
 
 
+def merge_tokens(dtype: torch.dtype, mean: bool, largest: bool) -> None:
+    """One step with the tokens' sizes, for a mean with the gradient of these too."""
+    x = torch.empty(256, 197, 768, dtype=dtype, device="meta")
+    weight = torch.empty(256, 197, device="meta") if mean else None
+    index, kept, source, target = (torch.empty(256, n, dtype=torch.int64, device="meta") for n in (197, 181, 16, 16))
+    y, total = triton_merge.forward(x, weight, kept, source, target, mean, largest)
+    triton_merge.backward(y, total, index, weight, total, x, mean, largest, True, mean)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
@@ -175,6 +184,9 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
 
 
     "bipartite_match, 256 images of 197 tokens, C 64, r 16": match_tokens,
+    "merge, weighted, 256 images of 197 tokens, C 768, r 16": lambda dtype: merge_tokens(dtype, True, False),
+    "merge, sum": lambda dtype: merge_tokens(dtype, False, False),
+    "merge, largest": lambda dtype: merge_tokens(dtype, False, True),
 }
 
 
