@@ -181,8 +181,6 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "segment_pool, attention": lambda dtype: segment_pool(dtype, 3),
     "temporal_attention, 8 frames": lambda dtype: temporal_attention(dtype, 8),
     "temporal_attention, 32 frames": lambda dtype: temporal_attention(dtype, 32),
-
-
     "bipartite_match, 256 images of 197 tokens, C 64, r 16": match_tokens,
     "merge, weighted, 256 images of 197 tokens, C 768, r 16": lambda dtype: merge_tokens(dtype, True, False),
     "merge, sum": lambda dtype: merge_tokens(dtype, False, False),

@@ -26,8 +26,6 @@ KERNELS = {
     "segment_pool_bwd_triton": ("temporal.triton_segments", "backward"),
     "temporal_attention_fwd_triton": ("temporal.triton_attention", "forward"),
     "temporal_attention_bwd_triton": ("temporal.triton_attention", "backward"),
-
-
     "match_fwd_triton": ("tokens.triton_match", "match"),
     "merge_fwd_triton": ("tokens.triton_merge", "forward"),
     "merge_bwd_triton": ("tokens.triton_merge", "backward"),
