@@ -7,23 +7,10 @@
 #include "common/simd.h"
 #include "common/tensors.h"
 
-#include <cstring>
-
 namespace vlpfast::temporal {
 namespace {
 
 constexpr int64_t kTaskBytes = 1 << 16;
-
-// As std::memcpy, which was slower by a quarter on the new pages that a large result has; stores past the caches were
-// slower by two thirds there.
-VLPFAST_CLONES void copy(char* to, const char* from, int64_t bytes) {
-    constexpr int64_t kLine = 64;
-    typedef int64_t Line __attribute__((vector_size(kLine), aligned(1), may_alias));
-#pragma GCC unroll 4
-    for (; bytes >= kLine; to += kLine, from += kLine, bytes -= kLine)
-        *reinterpret_cast<Line*>(to) = *reinterpret_cast<const Line*>(from);
-    std::memcpy(to, from, bytes);
-}
 
 // Elements [begin, end) of a row of frame t, in bytes, come from frame t + step.
 struct Piece {
@@ -104,7 +91,7 @@ Tensor frame_shift(const Tensor& x, int64_t back_begin, int64_t back_end, int64_
                     continue;
                 }
                 source = (source + from.F) % from.F;
-                copy(to, row + source * from.frame + p.begin, p.end - p.begin);
+                copy_bytes(to, row + source * from.frame + p.begin, p.end - p.begin);
             }
         }
     });
@@ -128,7 +115,7 @@ void frame_shift_(const Tensor& x, int64_t back_begin, int64_t back_end, int64_t
                 char* const first = data + b * at.clip + r * at.row + chunk;
                 const int64_t last = p.step > 0 ? at.F - 1 : 0; // the frame that has no source
                 for (int64_t t = p.step > 0 ? 0 : at.F - 1; t != last; t += p.step)
-                    std::memcpy(first + t * at.frame, first + (t + p.step) * at.frame, bytes);
+                    copy_bytes(first + t * at.frame, first + (t + p.step) * at.frame, bytes);
                 std::memset(first + last * at.frame, 0, bytes);
             }
         });

@@ -10,7 +10,6 @@
 #include "tokens/tokens.h"
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -169,7 +168,7 @@ void forward(const Tokens<In>& x, const Table<Wide<In>>& weight, const Groups& g
                 return !mean ? T(1) : share_of(weight.data ? weight.at(image, i) : T(1), weights);
             };
             if (largest || (end - begin == 1 && share(*begin) == 1)) {
-                std::memcpy(out, x.row(image, *begin, copy), bytes);
+                copy_bytes(out, x.row(image, *begin, copy), bytes);
                 for (const int32_t* i = begin + 1; i < end; ++i)
                     take_larger(x.row(image, *i, copy), C, out);
                 return;
@@ -232,7 +231,7 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
             const In* const g = grad.row(image, place, scratch.grad);
             if (largest && dx && end - begin > 1) {
                 In* const y = scratch.largest.get(C);
-                std::memcpy(y, saved.x->row(image, *begin, scratch.x), bytes);
+                copy_bytes(y, saved.x->row(image, *begin, scratch.x), bytes);
                 for (const int32_t* i = begin + 1; i < end; ++i)
                     take_larger(saved.x->row(image, *i, scratch.x), C, y);
                 char* const taken = scratch.taken.get(C);
@@ -263,7 +262,7 @@ void backward(const Tokens<In>& grad, const Groups& groups, const Saved<In>& sav
                     In* const out = dx + (image * N + *i) * C;
                     const T share = mean ? share_of(w, total) : T(1);
                     if (share == 1)
-                        std::memcpy(out, g, bytes);
+                        copy_bytes(out, g, bytes);
                     else if (share == 0)
                         std::fill_n(out, C, In(0));
                     else

@@ -4,7 +4,6 @@
 #include "common/simd.h"
 #include "common/tensors.h"
 
-#include <cstring>
 #include <optional>
 
 namespace vlpfast::tokens {
@@ -84,7 +83,7 @@ inline Table<int64_t> read_indices(const Tensor& indices, int64_t B, int64_t N, 
 
 template <class E> void copy_row(Row<E> row, int64_t C, E* out) {
     if (row.step == 1) {
-        std::memcpy(out, row.data, C * sizeof(E));
+        copy_bytes(out, row.data, C * sizeof(E));
         return;
     }
     for (int64_t c = 0; c < C; ++c)
