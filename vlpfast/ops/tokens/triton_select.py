@@ -147,7 +147,7 @@ def _places(
     image = tl.program_id(0).to(tl.int64)
     indices += image * indices_image
     values += image * value_image
-    total = 1.0
+    total = tl.full((), 1.0, tl.float32)
     if NORMALIZE:
         sums = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, N, BLOCK_M):
@@ -164,7 +164,7 @@ def _places(
         place = _place(indices, n, K, indices_row, BLOCK_N)
         rest = (n < N) & (place == FUSED)
         if FUSE:
-            fused = rest & (total != 0)
+            fused = rest & (tl.broadcast_to(total, (BLOCK_M,)) != 0)  # the interpreter spreads no comparison of scalars
             if mask is not None:
                 fused = fused & (tl.load(mask + image * mask_image + n.to(tl.int64) * mask_step, mask=fused, other=0) != 0)
             weight = tl.load(values + n.to(tl.int64) * value_step, mask=fused, other=0.0).to(tl.float32)
