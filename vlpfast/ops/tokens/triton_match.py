@@ -1,31 +1,22 @@
 """match_fwd in Triton: match_fwd_triton of vlpfast/ops/_schemas.py; reference.py says what is matched.
 
 The first kernel brings tokens to unit length and keeps, for each token of A, the largest product with one of B and its place:
-products of float32 whatever the metric's dtype is, since the order of similarities decides. The second kernel, a program an image,
-counts how many tokens of A merge before each: its place in the order, without a sort.
+products of float32 whatever the metric's dtype is, since the order of similarities decides. The second kernel, a program an
+image, counts how many tokens of A merge before each: its place in the order, without a sort.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops import _triton
-from vlpfast.ops._triton import Tile, cdiv, dot, launch
+from vlpfast.ops._triton import cdiv, dot, launch
+from vlpfast.ops.tokens.triton_tiles import NOWHERE, strides, tile
 
-TABLE = Path(__file__).with_name("tiles.json")
-
-NOWHERE = tl.constexpr(2**31 - 1)  # above every place
 # Where tokens without a similarity come in the order of merging, after all similarities and before each other
 NO_SIMILARITY, PADDING, NO_PARTNER = tl.constexpr(-3.0), tl.constexpr(-4.0), tl.constexpr(-5.0)
-
-
-def tile(kernel: str, x: Tensor) -> Tile:
-    return _triton.tile(TABLE, kernel, x.dtype, x.device)
 
 
 @triton.jit
@@ -193,21 +184,18 @@ def match(
     mask: Tensor | None,  # [B, N]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, n, c = metric.shape
-    if n >= 2**31 // 2:
+    if n >= 2**30:
         raise ValueError(f"metric: expected less than 2^30 tokens, got {n}")
     nb = n // every if b is None else b.shape[0]
     na = n - nb
     keys = metric.new_empty((batch, na), dtype=torch.float32)
     to = metric.new_empty((batch, na), dtype=torch.int32)
-    lists = {
-        "a": a, "b": b, "EVERY": every, "a_stride": 0 if a is None else a.stride(0), "b_stride": 0 if b is None else b.stride(0)
-    }  # fmt: skip
+    lists = {"a": a, "b": b, "EVERY": every, **strides("a_stride", a), **strides("b_stride", b)}
     chosen = tile("match", metric)
     launch(
         _similarities, (batch * cdiv(na, chosen["BLOCK_M"]),),
         keys=keys, to=to, metric=metric, mask=mask, NA=na, NB=nb, C=c, PROTECT=protect,
-        of_image=metric.stride(0), of_token=metric.stride(1), of_channel=metric.stride(2),
-        mask_image=0 if mask is None else mask.stride(0), mask_token=0 if mask is None else mask.stride(1),
+        **strides("of_image of_token of_channel", metric), **strides("mask_image mask_token", mask),
         PRECISION="tf32x3", **lists, **chosen,
     )  # fmt: skip
     index, kept, source, target = (metric.new_empty((batch, size), dtype=torch.int64) for size in (n, n - r, r, r))

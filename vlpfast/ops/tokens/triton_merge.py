@@ -1,46 +1,23 @@
-"""merge_fwd and merge_bwd in Triton: the operators of these names in vlpfast/ops/_schemas.py; reference.py says what they compute.
+"""merge_fwd and merge_bwd in Triton: the operators of these names in vlpfast/ops/_schemas.py, as reference.py defines them.
 
-A program makes rows of the result that nobody else writes. Most places have one token; where more come together, the program finds
-them one by one, by rising number, in the list of what merges: no atomics, one order of every sum. Forward: rows are places, the
-backward of sums and means is a gather by `index`. Only the gradients of the largest and of weights need the others of a place: they
-are made by place again, and write the rows of its tokens.
+A program makes rows of the result that nobody else writes. Most places have one token; where more come together, the program
+finds them one by one, by rising number, in the list of what merges: no atomics, one order of every sum. Forward: rows are places,
+the backward of sums and means is a gather by `index`. Only the gradients of the largest and of weights need the others of a
+place: they are made by place again, and write the rows of its tokens.
 
-Numbers out of range, which nothing checks on a device, are not followed: what has such a place is NaN, a sum goes without the token.
+Numbers out of range, which nothing checks on a device, are not followed: what has such a place is NaN, a sum goes without the
+token.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops import _triton
-from vlpfast.ops._triton import Tile, cdiv, launch, narrow
-
-TABLE = Path(__file__).with_name("tiles.json")
-
-NOWHERE = tl.constexpr(2**31 - 1)  # above every token
-
-
-def tile(kernel: str, x: Tensor, width: int) -> Tile:
-    """The tile's elements as rows of at most `width`: BLOCK_M x BLOCK_N."""
-    chosen = _triton.tile(TABLE, kernel, x.dtype, x.device)
-    elements = chosen.pop("BLOCK")
-    columns = min(elements, max(16, triton.next_power_of_2(width)))
-    return {"BLOCK_M": min(64, elements // columns), "BLOCK_N": columns} | chosen
-
-
-@triton.jit
-def rows_and_columns(ROWS, C, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The program's tile of [B, ROWS, C]: image (int64), rows [BLOCK_M], columns [BLOCK_N]. One block at least of columns."""
-    columns = tl.maximum(tl.cdiv(C, BLOCK_N), 1)
-    blocks = tl.cdiv(ROWS, BLOCK_M) * columns
-    block = tl.program_id(0) % blocks
-    rows = block // columns * BLOCK_M + tl.arange(0, BLOCK_M)
-    return (tl.program_id(0) // blocks).to(tl.int64), rows, block % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+from vlpfast.ops._triton import cdiv, launch, narrow
+from vlpfast.ops.tokens.triton_tiles import NOWHERE, row_tile, rows_and_columns, strides
 
 
 @triton.jit
@@ -188,7 +165,8 @@ def _spread_largest(
 
 @triton.jit
 def _rise(
-    x, grad, token, base, there, guard, base_guard, C, x_token, x_channel, grad_channel, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    x, grad, token, base, there, guard, base_guard, C, x_token, x_channel, grad_channel,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """[M]: (x of token - x of base) . gradient; what weighs nothing (guard) may hold anything: what is no number counts as 0."""
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -261,11 +239,6 @@ def _weight_gradient(
 # --- launching --------------------------------------------------------------------------------------------------------
 
 
-def strides(names: str, t: Tensor | None) -> dict[str, int]:
-    """The strides of t by name, 0 for nothing."""
-    return dict.fromkeys(names.split(), 0) if t is None else dict(zip(names.split(), t.stride(), strict=True))
-
-
 def forward(
     x: Tensor,  # [B, N, C]
     weight: Tensor | None,  # [B, N] float32
@@ -278,7 +251,7 @@ def forward(
     (batch, n, c), places, r = _checked("x", x), kept.shape[1], source.shape[1]
     y = x.new_empty(batch, places, c)
     total = x.new_empty(batch, places, dtype=torch.float32)
-    chosen = tile("merge", x, c)
+    chosen = row_tile("merge", x, c)
     launch(
         _merge, (batch * cdiv(places, chosen["BLOCK_M"]) * max(1, cdiv(c, chosen["BLOCK_N"])),),
         y=y, totals=total, x=x, weight=weight, kept=kept, source=source, target=target, N=n, PLACES=places, R=r, C=c,
@@ -309,7 +282,7 @@ def backward(
     of_x = strides("x_image x_token x_channel", x)
     weights = {"weight": weight, "totals": total, "MEAN": mean}
     weights |= strides("weight_image weight_token", weight) | strides("total_image total_place", total)
-    chosen = tile("merge", grad_y, c)
+    chosen = row_tile("merge", grad_y, c)
     block_m, columns = chosen["BLOCK_M"], max(1, cdiv(c, chosen["BLOCK_N"]))
     if need_x and largest:
         launch(_spread_largest, (batch * cdiv(places, block_m) * columns,), dx=dx, x=x, **common, **of_x, **chosen)
@@ -319,7 +292,7 @@ def backward(
     if need_weight:
         launch(
             _weight_gradient, (batch * cdiv(places, block_m),), dweight=dweight, grad_totals=grad_total, x=x, **common, **weights,
-            **of_x, **strides("grad_total_image grad_total_place", grad_total), **tile("merge", grad_y, c),
+            **of_x, **strides("grad_total_image grad_total_place", grad_total), **row_tile("merge", grad_y, c),
         )  # fmt: skip
     return dx, dweight
 

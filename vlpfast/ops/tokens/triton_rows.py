@@ -1,7 +1,7 @@
 """Rows of images that are taken by index, in Triton: gather_rows_triton and filled_rows_sum_triton of vlpfast/ops/_schemas.py.
 
-A program makes a tile of the result that nobody else writes. An index out of range, which nothing checks on a device, makes its row
-NaN.
+A program makes a tile of the result that nobody else writes. An index out of range, which nothing checks on a device, makes its
+row NaN.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlpfast.ops._triton import cdiv, launch, narrow
-from vlpfast.ops.tokens.triton_merge import rows_and_columns, strides, tile
+from vlpfast.ops.tokens.triton_tiles import row_tile, rows_and_columns, strides
 
 PARTS = 256  # programs that add up rows, of each block of channels
 
@@ -41,7 +41,7 @@ def take(out: Tensor, x: Tensor, indices: Tensor, fill: Tensor | None) -> None:
     """The first K rows of out [B, K or more, C], dense: rows `indices` [B, K] of x, `fill` (zeros) where the index is -1."""
     batch, n, c = x.shape
     k = indices.shape[1]
-    chosen = tile("rows", x, c)
+    chosen = row_tile("rows", x, c)
     launch(
         _take, (batch * cdiv(k, chosen["BLOCK_M"]) * cdiv(c, chosen["BLOCK_N"]),),
         out=out, x=x, indices=indices, fill=fill, N=n, K=k, C=c, out_image=out.stride(0),
@@ -80,7 +80,7 @@ def _add_rows(
 
 def filled_rows_sum(x: Tensor, indices: Tensor) -> Tensor:
     batch, k, c = x.shape
-    chosen = tile("sum_rows", x, c)
+    chosen = row_tile("sum_rows", x, c)
     if batch * k == 0:
         return x.new_zeros(c, dtype=torch.float32)
     parts = min(PARTS, cdiv(batch * k, chosen["BLOCK_M"]))

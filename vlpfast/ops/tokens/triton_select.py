@@ -11,12 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops import _triton
 from vlpfast.ops._triton import cdiv, launch, narrow
 from vlpfast.ops.contrastive.triton_sample import random_bits
 from vlpfast.ops.tokens.reference_selection import MASK_STREAM
-from vlpfast.ops.tokens.triton_merge import TABLE, rows_and_columns, strides, tile
 from vlpfast.ops.tokens.triton_rows import take
+from vlpfast.ops.tokens.triton_tiles import row_tile, rows_and_columns, strides, tile
 
 # In the order of tokens after all numbers: a score that is NaN, padding, what takes no part
 NAN, PADDING, NOTHING = tl.constexpr(2**63 - 3), tl.constexpr(2**63 - 2), tl.constexpr(2**63 - 1)
@@ -246,10 +245,10 @@ def _choice(
     inverse = like.new_empty(batch, n, dtype=torch.int64 if values is None else torch.int32)
     own = seed is not None and seed.ndim == 1
     launch(
-        _choose, (batch,), indices=indices, inverse=inverse, values=values, mask=mask, seeds=seed, N=n, PROTECT=protect, KEEP=keep,
-        **strides("value_image value_step", values), **strides("mask_image mask_step", mask),
+        _choose, (batch,), indices=indices, inverse=inverse, values=values, mask=mask, seeds=seed,
+        N=n, PROTECT=protect, KEEP=keep, **strides("value_image value_step", values), **strides("mask_image mask_step", mask),
         seed_step=seed.stride(0) if own else 0, OWN_SEEDS=own, IN_ORDER=in_order,
-        **_triton.tile(TABLE, "choose", torch.float32, like.device),
+        **tile("choose", like),
     )  # fmt: skip
     return indices, inverse
 
@@ -273,7 +272,7 @@ def forward(
     kept = x.new_empty(batch, protect + k + fuse, c)
     take(kept, x, indices, None)
     if fuse:
-        chosen = _triton.tile(TABLE, "fuse", x.dtype, x.device)
+        chosen = tile("fuse", x)
         launch(
             _fuse, (batch * cdiv(c, chosen["BLOCK_N"]),), out=kept[:, protect + k], x=x, values=score, mask=mask, inverse=inverse,
             N=n, C=c, out_image=kept.stride(0), **strides("x_image x_token x_channel", x),
@@ -303,18 +302,18 @@ def backward(
         _places, (batch,), places=places, shares=shares, inverses=inverses, indices=indices, values=score, mask=mask, N=n, K=k,
         **strides("indices_image indices_row", indices), **strides("value_image value_step", score),
         **strides("mask_image mask_step", mask), FUSE=fuse, NORMALIZE=normalize,
-        **_triton.tile(TABLE, "places", grad.dtype, grad.device),
+        **tile("places", grad),
     )  # fmt: skip
     of_grad = strides("grad_image grad_row grad_channel", grad)
     if need_x:
-        chosen = tile("rows", grad, c)
+        chosen = row_tile("rows", grad, c)
         launch(
             _spread, (batch * cdiv(n, chosen["BLOCK_M"]) * cdiv(c, chosen["BLOCK_N"]),), dx=dx, grad=grad, places=places,
             shares=shares, N=n, K=k, C=c, **of_grad, **chosen,
         )  # fmt: skip
     if need_score and fuse:
         slopes = score.new_empty(batch, n, dtype=torch.float32)
-        chosen = _triton.tile(TABLE, "fuse", grad.dtype, grad.device)
+        chosen = tile("fuse", grad)
         of_grad.pop("grad_row")
         launch(
             _slopes, (batch * cdiv(n, chosen["BLOCK_M"]),), slopes=slopes, x=x, grad=grad[:, k], places=places, N=n, C=c,
