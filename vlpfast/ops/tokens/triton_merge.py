@@ -290,9 +290,10 @@ def backward(
         chosen.pop("BLOCK_R")
         launch(_spread, (batch * cdiv(n, block_m) * columns,), dx=dx, **common, **weights, **chosen)
     if need_weight:
+        chosen = row_tile("merge", grad_y, min(c, 256))  # it goes through the channels: rather more places at once
         launch(
-            _weight_gradient, (batch * cdiv(places, block_m),), dweight=dweight, grad_totals=grad_total, x=x, **common, **weights,
-            **of_x, **strides("grad_total_image grad_total_place", grad_total), **row_tile("merge", grad_y, c),
+            _weight_gradient, (batch * cdiv(places, chosen["BLOCK_M"]),), dweight=dweight, grad_totals=grad_total, x=x, **common, **weights,
+            **of_x, **strides("grad_total_image grad_total_place", grad_total), **chosen,
         )  # fmt: skip
     return dx, dweight
 

@@ -80,16 +80,17 @@ def _add_rows(
 
 def filled_rows_sum(x: Tensor, indices: Tensor) -> Tensor:
     batch, k, c = x.shape
-    chosen = row_tile("sum_rows", x, c)
     if batch * k == 0:
         return x.new_zeros(c, dtype=torch.float32)
+    chosen = row_tile("sum_rows", x, c)
     parts = min(PARTS, cdiv(batch * k, chosen["BLOCK_M"]))
     sums = x.new_empty(parts, c, dtype=torch.float32)
     total = x.new_empty(c, dtype=torch.float32)
-    for out, rows, index, count in ((sums, x, indices, parts), (total, sums[None], None, 1)):
+    narrow_tile = row_tile("sum_rows", x, 32)  # few rows: many programs, each of few channels
+    for out, rows, index, count, blocks in ((sums, x, indices, parts, chosen), (total, sums[None], None, 1, narrow_tile)):
         launch(
-            _add_rows, (count * cdiv(c, chosen["BLOCK_N"]),), out=out, x=rows, indices=index,
+            _add_rows, (count * cdiv(c, blocks["BLOCK_N"]),), out=out, x=rows, indices=index,
             ROWS=rows.shape[0] * rows.shape[1], K=rows.shape[1], C=c, PER_PART=cdiv(rows.shape[0] * rows.shape[1], count),
-            **strides("x_image x_token x_channel", rows), **strides("indices_image indices_row", index), **chosen,
+            **strides("x_image x_token x_channel", rows), **strides("indices_image indices_row", index), **blocks,
         )  # fmt: skip
     return total

@@ -31,7 +31,8 @@ def _descending(score):
         bits = score.to(tl.int64, bitcast=True)
         size = bits & 0x7FFFFFFFFFFFFFFF
     else:
-        bits = score.to(tl.float32).to(tl.int32, bitcast=True).to(tl.int64)
+        score = score.to(tl.float32)
+        bits = score.to(tl.int32, bitcast=True).to(tl.int64)
         size = bits & 0x7FFFFFFF
     key = tl.where(bits < 0, size, -size)  # one zero
     return tl.where(score != score, tl.zeros_like(key) + NAN, key)
