@@ -290,10 +290,10 @@ def backward(
         chosen.pop("BLOCK_R")
         launch(_spread, (batch * cdiv(n, block_m) * columns,), dx=dx, **common, **weights, **chosen)
     if need_weight:
-        chosen = row_tile("merge", grad_y, min(c, 256))  # it goes through the channels: rather more places at once
+        chosen = row_tile("weights", grad_y, min(c, 128))  # it goes through the channels: rather more places at once
         launch(
-            _weight_gradient, (batch * cdiv(places, chosen["BLOCK_M"]),), dweight=dweight, grad_totals=grad_total, x=x, **common, **weights,
-            **of_x, **strides("grad_total_image grad_total_place", grad_total), **chosen,
+            _weight_gradient, (batch * cdiv(places, chosen["BLOCK_M"]),), dweight=dweight, grad_totals=grad_total, x=x,
+            **common, **weights, **of_x, **strides("grad_total_image grad_total_place", grad_total), **chosen,
         )  # fmt: skip
     return dx, dweight
 
