@@ -132,6 +132,7 @@ def test_ties_zero_vectors_and_what_is_no_number() -> None:
 
     for equals in (torch.ones(1, 9, 3), torch.zeros(1, 9, 3)):  # the lowest places of A, into the lowest of B
         assert matched(equals, 3, 1) == ([2, 4, 6], [1, 1, 1])
+    assert matched(torch.ones(1, 140, 3), 2, 1) == ([2, 4], [1, 1])  # of several blocks the first
     near = torch.tensor([[[0.0, 0], [-1, 0], [1, 0], [0, 0], [-1, 0], [-1, 0]]])  # 0: nearer than what points away
     assert matched(near, 3) == ([4, 0, 2], [1, 1, 3])
     metric = tokens(1, 12, 4, dtype=torch.float32)
@@ -147,6 +148,9 @@ def test_ties_zero_vectors_and_what_is_no_number() -> None:
     padding = torch.ones(1, 8, dtype=torch.bool)
     padding[:, 1::2] = False  # B is padding alone: no two real tokens may meet
     assert matched(tokens(1, 8, 4, dtype=torch.float32), 4, mask=padding) == ([0, 2, 4, 6], [1, 3, 5, 7])
+    padding = torch.tensor([[True, True, True, True, False, True, False, True]])  # of A alone: in turn
+    source, target = matched(tokens(1, 8, 4, dtype=torch.float32), 4, mask=padding)
+    assert source[2:] == [4, 6] and target[2:] == [1, 3]
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
