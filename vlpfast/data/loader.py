@@ -175,7 +175,7 @@ class ShardLoader:
         self._shards, self._spec, self._tokenizer, self._makers = shards, spec, tokenizer, modalities
         self._train, self._seed, self._rank, self._world_size = train, seed, rank, world_size
         self._device, self._window, self._with_meta = device, window, with_meta
-        self._wants_json = with_meta or bool(modalities.keys() - {"image"})
+        self._wants_json = with_meta or bool(modalities.keys() - {"image"}) or (spec.image is not None and spec.image.boxes != "")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._fingerprint = shards.fingerprint()
         self._position = _Position(0, 0)
