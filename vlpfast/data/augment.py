@@ -203,7 +203,7 @@ def apply_steps(pixels: Tensor, steps: list[Step]) -> Tensor:
 
 
 def warp_masks(masks: Tensor, steps: list[Step]) -> Tensor:
-    """masks bool [B, N, S, S], in place -> under the warps among the steps, by nearest neighbours; False comes in from outside."""
+    """masks bool [B, N, S, S], in place -> under the warps among the steps, by nearest neighbours, False around."""
     for step in steps:
         if step.operation.startswith("warp"):
             rows = torch.from_numpy(step.rows).to(masks.device)
