@@ -188,18 +188,42 @@ def total_warp(steps: list[Step], batch_size: int, size: int) -> np.ndarray:
 
 def apply_steps(pixels: Tensor, steps: list[Step]) -> Tensor:
     """pixels uint8 [B, 3, S, S] -> float32 [B, 3, S, S] in [0, 1]."""
-    x = pixels.float() / 255
+    x = pixels.float().div_(255)
+    return _step_by_step(x, steps) if x.is_cuda else _picture_by_picture(x, steps)
+
+
+def _step_by_step(x: Tensor, steps: list[Step]) -> Tensor:
+    """Few launches: what a GPU wants."""
     for step in steps:
-        name, _, how = step.operation.partition(" ")
         rows = torch.from_numpy(step.rows).to(x.device)
-        values = torch.from_numpy(step.values.astype(np.float32)).to(x.device)
-        if name == "warp":
-            x[rows] = _warp(x[rows], step.values, 0.0 if how == "torchvision" else 128 / 255, bilinear=how == "albef")
-        elif name == "blur":
-            x[rows] = _blur(x[rows], values, int(how))
-        else:
-            x[rows] = _PIXELWISE[name](x[rows], values[:, None, None, None])
+        x[rows] = _operate(step.operation, x[rows], step.values)
     return x
+
+
+def _picture_by_picture(x: Tensor, steps: list[Step]) -> Tensor:
+    """From step to step a picture stays in the cache: what a CPU wants."""
+    todo: list[list[tuple[str, np.ndarray]]] = [[] for _ in range(len(x))]
+    for step in steps:
+        for row, value in zip(step.rows.tolist(), step.values, strict=True):
+            todo[row].append((step.operation, value[None]))
+    for one, operations in zip(x.split(1), todo, strict=True):
+        seen = one
+        for operation, value in operations:
+            seen = _operate(operation, seen, value)
+        if operations:
+            one.copy_(seen)
+    return x
+
+
+def _operate(operation: str, x: Tensor, values: np.ndarray) -> Tensor:
+    """x [n, 3, S, S], values as in Step -> the same, new"""
+    name, _, how = operation.partition(" ")
+    if name == "warp":
+        return _warp(x, values, 0.0 if how == "torchvision" else 128 / 255, bilinear=how == "albef")
+    strengths = torch.from_numpy(values.astype(np.float32)).to(x.device)
+    if name == "blur":
+        return _blur(x, strengths, int(how))
+    return _PIXELWISE[name](x, strengths[:, None, None, None])
 
 
 def warp_masks(masks: Tensor, steps: list[Step]) -> Tensor:
@@ -217,7 +241,7 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
+    return (factor * x).add_((1 - factor) * other).clamp_(0, 1)
 
 
 def _sharpness(x: Tensor, factor: Tensor) -> Tensor:
@@ -285,7 +309,7 @@ def _blur(x: Tensor, sigma: Tensor, radius: int) -> Tensor:
         padded = F.pad(x, (radius, radius, 0, 0) if dim == 3 else (0, 0, radius, radius), mode="reflect")
         x = weights[0] * padded.narrow(dim, 0, size)
         for k in range(1, 2 * radius + 1):
-            x = torch.addcmul(x, weights[k], padded.narrow(dim, k, size))
+            x.addcmul_(weights[k], padded.narrow(dim, k, size))
     return x
 
 
@@ -309,7 +333,8 @@ def _warp(x: Tensor, matrices: np.ndarray, fill: float, *, bilinear: bool) -> Te
 
 _PIXELWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "brightness": lambda x, factor: _blend(x, 0.0, factor),
-    "contrast": lambda x, factor: _blend(x, _gray(x).mean((1, 2, 3), keepdim=True), factor),
+    # rows first: so the sum is split in the same way for any number of threads
+    "contrast": lambda x, factor: _blend(x, _gray(x).mean(3, keepdim=True).mean(2, keepdim=True), factor),
     "color": lambda x, factor: _blend(x, _gray(x), factor),
     "hue": _hue,
     "grayscale": lambda x, _: _gray(x).expand_as(x),
