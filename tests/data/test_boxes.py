@@ -158,18 +158,45 @@ def test_boxes_under_warps_are_those_of_their_pixels(turns):
 
 
 def test_boxes_and_masks_follow_rand_augment_in_a_batch(painted):
-    augment = AugmentSpec(rand_augment=RandAugmentSpec(3, 9))
-    spec = ImageSpec(size=96, scale=[0.5, 1.0], mirror=0.5, augment=augment, min_visible=0.5, **PLAIN, **FIELDS)
+    """The first of two views is moved, the second is not."""
+    views = [ViewSpec(1, [0.5, 1.0], mirror=0.5, augment=AugmentSpec(rand_augment=RandAugmentSpec(3, 9))), ViewSpec(1)]
+    spec = ImageSpec(size=96, views=views, min_visible=0.5, **PLAIN, **FIELDS)
     batch = next(iter(make_loader(painted, DataSpec(spec, None), None, 40, train=True, backend="plain")))
-    assert batch["warp"].shape == (40, 2, 3)
-    moved = (batch["warp"] - torch.eye(2, 3)).abs().amax((1, 2)) > 1e-6
-    checked = 0
-    for i, j in torch.nonzero(batch["box_mask"]).tolist():
-        box = batch["boxes"][i, j].numpy() * 96
+    assert batch["warp"].shape == (40, 2, 2, 3)
+    moved = (batch["warp"] - torch.eye(2, 3)).abs().amax((2, 3)) > 1e-6
+    assert moved[:, 0].sum() > 10 and not moved[:, 1].any()
+    checked = [0, 0]
+    for i, v, j in torch.nonzero(batch["box_mask"]).tolist():
+        box = batch["boxes"][i, v, j].numpy() * 96
         if (box[2:] - box[:2]).min() > 8:
-            assert np.abs(extent(batch["masks"][i, j].numpy()) - box).max() <= 4
-            checked += bool(moved[i])
-    assert moved.sum() > 10 and checked > 10
+            assert np.abs(extent(batch["masks"][i, v, j].numpy()) - box).max() <= (4 if moved[i, v] else 1.01)
+            checked[v] += bool(moved[i, v]) or v
+    assert min(checked) > 10
+
+
+def test_a_box_beyond_the_picture_ends_with_it():
+    """Also in a padded view, which shows more than the picture; what lies beyond counts as not seen."""
+    spec = ImageSpec(size=40, boxes="b", max_boxes=3, min_visible=0.5)
+    view = View(40, np.array([[0, 0, 40, 20]], np.int32), np.array([[0, 10, 40, 20]], np.int32), np.array([False]))
+    boxes = np.array([[-4, 5, 6, 10], [10, 15, 20, 25], [10, 15, 20, 26]], np.float64)
+    found, seen = view_boxes(spec, [Objects(boxes, [])], view, [])
+    assert seen.tolist() == [[True, True, False]]
+    np.testing.assert_allclose(found[0] * 40, [[0, 15, 6, 20], [10, 25, 20, 30], [0, 0, 0, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [7, 16, 45])
+def test_masks_are_resized_as_pil_does_by_nearest_neighbours(size):
+    draw = np.random.default_rng(size)
+    for _ in range(20):
+        width, height = draw.integers(3, 60, 2).tolist()
+        mask = draw.random((height, width)) < 0.5
+        x0, y0 = draw.integers(0, [width - 1, height - 1]).tolist()
+        w, h = draw.integers(1, [width - x0, height - y0], endpoint=True).tolist()
+        view = View(size, np.array([[x0, y0, w, h]], np.int32), np.array([[0, 0, size, size]], np.int32), np.array([False]))
+        objects = Objects(np.zeros((1, 4)), [rle.encode(mask)])
+        (ours,) = view_masks(ImageSpec(max_boxes=1), [objects], view)[0]
+        shown = Image.fromarray((255 * mask).astype(np.uint8)).crop((x0, y0, x0 + w, y0 + h))
+        assert np.array_equal(ours, np.asarray(shown.resize((size, size), Image.Resampling.NEAREST)) > 0)
 
 
 def test_masks_are_what_is_seen_not_the_box():
