@@ -186,6 +186,7 @@ def test_a_box_beyond_the_picture_ends_with_it():
 
 @pytest.mark.parametrize("size", [7, 16, 45])
 def test_masks_are_resized_as_pil_does_by_nearest_neighbours(size):
+    """But where the middle of a pixel falls between two pixels of the picture: PIL adds up fractions, and lands on either side."""
     draw = np.random.default_rng(size)
     for _ in range(20):
         width, height = draw.integers(3, 60, 2).tolist()
@@ -196,7 +197,9 @@ def test_masks_are_resized_as_pil_does_by_nearest_neighbours(size):
         objects = Objects(np.zeros((1, 4)), [rle.encode(mask)])
         (ours,) = view_masks(ImageSpec(max_boxes=1), [objects], view)[0]
         shown = Image.fromarray((255 * mask).astype(np.uint8)).crop((x0, y0, x0 + w, y0 + h))
-        assert np.array_equal(ours, np.asarray(shown.resize((size, size), Image.Resampling.NEAREST)) > 0)
+        different = ours != (np.asarray(shown.resize((size, size), Image.Resampling.NEAREST)) > 0)
+        between = [(2 * np.arange(size) + 1) * extent % (2 * size) == 0 for extent in (h, w)]
+        assert not different[np.ix_(~between[0], ~between[1])].any()
 
 
 def test_masks_are_what_is_seen_not_the_box():

@@ -127,8 +127,8 @@ def view_masks(spec: ImageSpec, objects: list[Objects], view: View) -> np.ndarra
     for row, each in enumerate(objects):
         x0, y0, width, height = view.rectangles[row].tolist()
         left, top, shown_width, shown_height = view.places[row].tolist()
-        columns = x0 + ((np.arange(shown_width) + 0.5) * (width / shown_width)).astype(np.int64)
-        rows = y0 + ((np.arange(shown_height) + 0.5) * (height / shown_height)).astype(np.int64)
+        columns = x0 + (2 * np.arange(shown_width) + 1) * width // (2 * shown_width)  # that holds the middle of the view's pixel
+        rows = y0 + (2 * np.arange(shown_height) + 1) * height // (2 * shown_height)
         for i, mask in enumerate(each.masks):
             masks[row, i, top : top + shown_height, left : left + shown_width] = rle.decode(mask)[np.ix_(rows, columns)]
         if view.mirrored[row]:
