@@ -186,7 +186,7 @@ def test_a_box_beyond_the_picture_ends_with_it():
 
 @pytest.mark.parametrize("size", [7, 16, 45])
 def test_masks_are_resized_as_pil_does_by_nearest_neighbours(size):
-    """But where the middle of a pixel falls between two pixels of the picture: PIL adds up fractions, and lands on either side."""
+    """But where the middle falls between two pixels of the picture: PIL adds up fractions, and lands on either side."""
     draw = np.random.default_rng(size)
     for _ in range(20):
         width, height = draw.integers(3, 60, 2).tolist()
