@@ -3,8 +3,8 @@ or on the GPU.
 
 On the CPU decoding equals PIL's bit for bit, and the resized pixels lie within 2 of 255 levels of PIL's, 0.2 on average. They lie
 further apart, up to some 10 levels, where PIL clips the overshoot of its first pass (black and white patterns under bicubic), and
-along the border of a picture that is shrunk: beyond it DALI repeats the last pixel, PIL's filter ends there. In a padded view that
-border lies inside.
+along the border of a picture that is shrunk: beyond it DALI repeats the last pixel, PIL's filter ends there. In a padded view
+that border lies inside.
 On a GPU nvJPEG decodes, whose rounding differs by a few levels more.
 """
 
