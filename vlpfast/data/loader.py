@@ -216,7 +216,7 @@ class ShardLoader:
         self._shards, self._mixture, self._course, self._identity = shards, mixture, course, identity
         self._spec, self._tokenizer, self._makers = spec, tokenizer, modalities
         self._train, self._seed, self._device, self._with_meta = train, seed, device, with_meta
-        self._wants_json = with_meta or bool(modalities.keys() - {"image"})
+        self._wants_json = with_meta or bool(modalities.keys() - {"image"}) or (spec.image is not None and spec.image.boxes != "")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._position = course.start()
         self._loaded = False  # a position was loaded that the next iteration starts from
