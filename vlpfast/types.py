@@ -22,6 +22,7 @@ class Batch(TypedDict, total=False):
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
     index: Tensor  # [B] int64 position of the sample in its source, on the CPU
+    source: Tensor  # [B] int64 number of the source in a mixture, on the CPU; only with several sources
     crop: Tensor  # [B, 5] float32 x0, y0, width, height as fractions of the stored picture, then 1 if mirrored; on the CPU.
     #               [B, V, 5] of several views. It reaches beyond the picture where the view is padded
     crop_local: Tensor  # [B, V, 5] of the local views, on the CPU
@@ -168,7 +169,10 @@ class Loader(Protocol):
         """The position after the last batch that was handed out; plain JSON values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Goes on from what this rank saved, or from what another number of ranks saved together, in their order."""
+        ...
+
     def close(self) -> None: ...
 
 
