@@ -65,25 +65,21 @@ class ImageSpec:
 class VideoSpec:
     """Videos: `frames` of each, all cut, resized to `size` x `size` and mirrored alike, normalised.
 
-    sampling, in training and in evaluation (data/frames.py): "uniform"; "segment": a random frame of each of `frames` equal parts,
-    uniform in evaluation; "head_tail": random halves, uniform in evaluation; "dense": `stride` apart from a random place on,
-    "middle" in evaluation; "middle": `stride` apart around the middle. A video of fewer frames repeats its last one.
+    sampling (data/frames.py): "uniform"; "segment": a random frame of each of `frames` equal parts; "head_tail": random ones of
+    both halves; "dense": `stride` apart from a random place on; "middle": `stride` apart around the middle. Evaluation takes
+    "uniform" in place of "segment" and "head_tail", "middle" in place of "dense". A video of fewer frames repeats its last one.
     """
 
     frames: int = 8
     sampling: str = "segment"
     stride: int = 1
-    short_frames: int = (
-        0  # > 0: also as many frames of a random moment (of the middle in evaluation), by segment; HiTeA's two views
-    )
+    short_frames: int = 0  # > 0: also as many of a random moment (in evaluation: of the middle), HiTeA's second view
     short_share: list[float] = field(default_factory=lambda: [0.25, 0.5])  # the moment's length over the video's
     interval: list[str] = field(default_factory=list)  # two fields of the JSON: the seconds in which the clip begins and ends
     size: int = 224
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
-    resize: str = (
-        "crop"  # as ImageSpec, the same for all frames of a video; or "squash": the whole frame, its aspect ratio not kept
-    )
+    resize: str = "crop"  # RandomResizedCrop, the centre in evaluation; or "squash": the whole frame, its aspect ratio not kept
     scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # RandomResizedCrop: share of the frame's area
     ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])  # RandomResizedCrop: width over height
     mirror: float = 0.0  # probability of a left-right flip in training

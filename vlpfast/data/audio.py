@@ -89,9 +89,9 @@ class AudioModality:
         rates = [info.track.rate for info in infos]
         needed = [-(-self._samples * rate // self._spec.sample_rate) for rate in rates]  # at the rate of the file
         spare = np.array([max(0, info.count - need) for info, need in zip(infos, needed, strict=True)])
-        starts = (
-            (uniform(draws.seed, draws.epoch, draws.index, _DRAW) * (spare + 1)).astype(np.int64) if draws.train else spare // 2
-        )
+        starts = spare // 2
+        if draws.train:
+            starts = (uniform(draws.seed, draws.epoch, draws.index, _DRAW) * (spare + 1)).astype(np.int64)
         rows = [
             self._pool.submit(self._waveform, content, info, start, need)
             for content, info, start, need in zip(contents, infos, starts.tolist(), needed, strict=True)
@@ -265,7 +265,6 @@ def _read(data: bytes, track: streams.SoundTrack, first: int, count: int) -> np.
 
 
 def _any_sound(data: bytes, info: SoundInfo) -> bool:
-    return any(
-        _read(data, info.track, info.first + first, min(_BLOCK, info.count - first)).any()
-        for first in range(0, info.count, _BLOCK)
-    )
+    """Whether anything of it can be heard: what counts as silent must not depend on the place of the cut."""
+    firsts = range(0, info.count, _BLOCK)
+    return any(_read(data, info.track, info.first + first, min(_BLOCK, info.count - first)).any() for first in firsts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from vlpfast.types import AudioSpec
 
 _CROSSINGS, _BETA, _ROLLOFF = 24, 9.0, 0.94  # of the windowed sinc: zeros on each side, Kaiser's beta, pass band over Nyquist's
-_LARGEST_KERNEL = 1 << 22  # numbers; rates without a common divisor have thousands of phases and go another way
-_CHUNK = 1 << 14
+_LARGEST_KERNEL = 1 << 21  # numbers; rates without a common divisor have thousands of phases and go another way,
+_CHUNK = 1 << 22  # so many at a time
 
 
 def _exact(device: torch.device) -> torch.dtype:
@@ -31,28 +31,25 @@ def resampled_length(samples: int, rate: int, new_rate: int) -> int:
     return -(-samples * new_rate // rate)
 
 
-@cache
-def _phases(rate: int, new_rate: int) -> np.ndarray:
-    """Kaiser-windowed sinc (Smith, "Digital Audio Resampling"): float64 [new, 2 * reach], one row for each place of an output
-    between two inputs; a row weighs the inputs floor(t) - reach + 1 .. floor(t) + reach and sums to one."""
+def _weights(fraction: Tensor, rate: int, new_rate: int) -> Tensor:
+    """Kaiser-windowed sinc (Smith, "Digital Audio Resampling"): fraction float64 [K], the place of each output between two inputs
+    -> float64 [K, 2 * reach], what the inputs from `reach - 1` before to `reach` after it weigh; rows sum to one."""
     width = reach(rate, new_rate)
     cutoff = _ROLLOFF * min(1.0, new_rate / rate)
-    fraction = np.arange(new_rate) * rate % new_rate / new_rate
-    t = np.arange(1 - width, width + 1) - fraction[:, None]
-    inside = np.clip(1 - (t * cutoff / _CROSSINGS) ** 2, 0, None)
-    weights = np.sinc(cutoff * t) * np.i0(_BETA * np.sqrt(inside)) * (inside > 0)
-    return weights / weights.sum(axis=1, keepdims=True)
+    t = torch.arange(1 - width, width + 1, device=fraction.device) - fraction[:, None]
+    inside = (1 - (t * cutoff / _CROSSINGS).square()).clamp(min=0)
+    weights = torch.sinc(cutoff * t) * torch.special.i0(_BETA * inside.sqrt()) * (inside > 0)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
-@cache
-def _kernel(rate: int, new_rate: int) -> np.ndarray:
-    """float64 [new, 1, rate + 2 * reach - 1]: the phases shifted to where the inputs of their outputs begin."""
-    phases = _phases(rate, new_rate)
-    kernel = np.zeros((new_rate, 1, rate + phases.shape[1] - 1))
-    for phase, row in enumerate(phases):
-        first = phase * rate // new_rate
-        kernel[phase, 0, first : first + len(row)] = row
-    return kernel
+@lru_cache(maxsize=16)
+def _kernel(rate: int, new_rate: int) -> Tensor:
+    """float64 [new, 1, rate + 2 * reach - 1]: the weights of `new` outputs, shifted to where their inputs begin."""
+    phase = torch.arange(new_rate)
+    weights = _weights((phase * rate % new_rate).to(torch.float64) / new_rate, rate, new_rate)
+    kernel = torch.zeros(new_rate, rate + weights.shape[1] - 1, dtype=torch.float64)
+    kernel.scatter_(1, (phase * rate // new_rate)[:, None] + torch.arange(weights.shape[1]), weights)
+    return kernel[:, None]
 
 
 def resample(x: Tensor, rate: int, new_rate: int, count: int) -> Tensor:
@@ -63,19 +60,17 @@ def resample(x: Tensor, rate: int, new_rate: int, count: int) -> Tensor:
     divisor = math.gcd(rate, new_rate)
     rate, new_rate = rate // divisor, new_rate // divisor
     width = reach(rate, new_rate)
-    x = x[:, 1:]  # the first tap is `reach - 1` before
     blocks = -(-count // new_rate)
-    x = F.pad(x, (0, max(0, blocks * rate + 2 * width - x.shape[1])))
-    dtype = _exact(x.device)
+    x = F.pad(x, (-1, max(0, blocks * rate + 2 * width - x.shape[1])))  # the first sample that weighs is `reach - 1` before
     if new_rate * (rate + 2 * width) <= _LARGEST_KERNEL:
-        kernel = torch.from_numpy(_kernel(rate, new_rate)).to(x.device, dtype)
-        y = F.conv1d(x[:, None].to(dtype), kernel, stride=rate)[..., :blocks]  # [B, new, blocks]
-        return y.transpose(1, 2).flatten(1)[:, :count].to(x.dtype).contiguous()
-    phases = torch.from_numpy(_phases(rate, new_rate)).to(x.device, x.dtype)
+        dtype = _exact(x.device)
+        y = F.conv1d(x[:, None].to(dtype), _kernel(rate, new_rate).to(x.device, dtype), stride=rate)  # [B, new, >= blocks]
+        return y[..., :blocks].transpose(1, 2).flatten(1)[:, :count].to(x.dtype)
     parts = []
-    for k in torch.arange(count, device=x.device).split(_CHUNK):
+    for k in torch.arange(count, device=x.device).split(max(1, _CHUNK // (len(x) * 2 * width))):
         taps = (k * rate // new_rate)[:, None] + torch.arange(2 * width, device=x.device)
-        parts.append((x[:, taps] * phases[k % new_rate]).sum(dim=-1))
+        weights = _weights((k * rate % new_rate).to(torch.float64) / new_rate, rate, new_rate)
+        parts.append((x[:, taps] * weights.to(x.dtype)).sum(dim=-1))
     return torch.cat(parts, dim=1)
 
 

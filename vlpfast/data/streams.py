@@ -161,7 +161,7 @@ def video_frames(data: bytes, track: VideoTrack, places: np.ndarray, show: Calla
     if track.pts is None:
         return _count_frames(data, track, wanted, show)
     with contextlib.suppress(DamagedSample):
-        # Where key frames are not what they are said to be, a jump may go wrong: whatever it is, decoding from the start on decides
+        # where key frames are not what they are said to be a jump may go wrong: decoding from the start on has the last word
         if (shown := _seek_frames(data, track, wanted, show, jump=True)) is not None:
             return shown
     return _seek_frames(data, track, wanted, show, jump=False)

@@ -169,13 +169,12 @@ class VideoModality:
     ) -> np.ndarray:
         """-> uint8 [T + T', size, size, 3]"""
         x0, y0, width, height = rectangle
+        size = self._spec.size
 
         def show(image: Image.Image) -> np.ndarray:
             # cut first, as the picture loaders do: what lies outside the crop does not shine into it
-            view = image.crop((x0, y0, x0 + width, y0 + height)).resize(
-                (self._spec.size,) * 2, _FILTERS[self._spec.interpolation]
-            )
-            pixels = np.asarray(view)
+            view = image.crop((x0, y0, x0 + width, y0 + height))
+            pixels = np.asarray(view.resize((size, size), _FILTERS[self._spec.interpolation]))
             return pixels[:, ::-1] if mirrored else pixels
 
         decode = _zip_frames if isinstance(info.track, PictureTrack) else streams.video_frames
@@ -223,7 +222,7 @@ def _picture_track(data: bytes, record: dict[str, Any]) -> PictureTrack:
 
 def _zip_frames(
     data: bytes, track: PictureTrack, places: np.ndarray, show: Callable[[Image.Image], np.ndarray]
-) -> dict[int, Any]:
+) -> dict[int, np.ndarray]:
     shown = {}
     with _zip(data) as archive:
         for place in np.unique(places).tolist():
