@@ -162,7 +162,7 @@ class AudioModality:
             (2, self._frames, spec.time_masks, spec.time_mask_width),
             (1, spec.n_mels, spec.mel_masks, spec.mel_mask_width),
         ):
-            u = uniform(draws.seed, draws.epoch, draws.index[:, None], first + np.arange(2 * count)).reshape(-1, count, 2)
+            u = uniform(draws.seed, draws.epoch, draws.index[:, None], first + np.arange(2 * count)).reshape(len(draws.index), count, 2)
             widths = (u[..., 0] * (most + 1)).astype(np.int64)
             starts = (u[..., 1] * (size - widths + 1)).astype(np.int64)
             masks.append((dim, torch.from_numpy(starts), torch.from_numpy(widths)))
@@ -233,7 +233,7 @@ def _opened(data: bytes) -> Iterator[Any]:
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             yield file
-    except (soundfile.SoundFileError, RuntimeError) as error:
+    except (soundfile.SoundFileError, RuntimeError, ValueError) as error:  # ValueError: a seek went past the end
         raise DamagedSample(f"libsndfile: {getattr(error, 'error_string', error)}") from error
 
 
@@ -245,11 +245,17 @@ def _track(data: bytes) -> streams.SoundTrack:
     if data[:4] == b"RIFF" and len(data) < stated + 8 and stated < 0x7FFFF000:  # more is what a program writes that cannot know
         raise DamagedSample(f"the file is cut short: {len(data)} of {stated + 8} bytes are there")
     with _opened(data) as file:
-        if file.frames > 1 and file.seekable():
-            file.seek(file.frames - 1)
-            if len(file.read(1)) != 1:
-                raise DamagedSample(f"the file is cut short: {file.frames} samples are stated")
+        if file.frames > 0 and not _has_sample(file, file.frames - 1):
+            raise DamagedSample(f"the file is cut short or broken: the last of {file.frames} samples cannot be reached")
         return streams.SoundTrack(file.samplerate, file.frames)
+
+
+def _has_sample(file: Any, place: int) -> bool:
+    try:
+        file.seek(place)
+        return len(file.read(1)) == 1
+    except (soundfile.SoundFileError, ValueError):
+        return False
 
 
 def _read(data: bytes, track: streams.SoundTrack, first: int, count: int) -> np.ndarray:
