@@ -25,16 +25,26 @@ def grey(n, width=64, height=48):
 
 
 def clip(
-    frames=60, container="mp4", codec="libx264", *, rate=10, times=None, rotation=None, sound=None, movflags="", options=None
+    frames=60,
+    container="mp4",
+    codec="libx264",
+    *,
+    rate=10,
+    times=None,
+    rotation=None,
+    sound=None,
+    options=None,
+    path=None,
+    movflags="",
 ):
-    """frames: how many grey ones, or uint8 [H, W, 3] each. times: in ms. sound: (float [n], rate, codec)."""
+    """frames: how many grey ones, or uint8 [H, W, 3] each. times: in ms. sound: (float [n], rate, codec). path: written there."""
     frames = [grey(n) for n in range(frames)] if isinstance(frames, int) else frames
     file = io.BytesIO()
-    with av.open(file, "w", format=container, options={"movflags": movflags} if movflags else {}) as out:
+    with av.open(str(path) if path else file, "w", format=container, options={"movflags": movflags} if movflags else {}) as out:
         stream = out.add_stream(codec, rate=1000 if times else rate)
         stream.height, stream.width = frames[0].shape[:2] if frames else (48, 64)
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.gop_size = 12
+        stream.gop_size, stream.bit_rate = 12, 4_000_000
         stream.options = options or {}
         if rotation is not None:
             stream.set_display_rotation(rotation)

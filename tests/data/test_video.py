@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -34,7 +35,7 @@ def level(image):
 def numbers(values):
     """The numbers of frames whose mean level this is."""
     n = np.rint(np.asarray(values) / 4).astype(int)
-    assert np.abs(np.asarray(values) - 4 * n).max() < 1.9
+    assert np.abs(np.asarray(values) - 4 * n).max() < 1.5
     return n
 
 
@@ -157,7 +158,7 @@ def test_rotated_streams(rotation):
 
 
 def test_a_rotation_that_is_no_quarter_turn_is_named():
-    with pytest.raises(DamagedSample, match="30 degrees"):
+    with pytest.raises(DamagedSample, match=r"turned by (29|30) degrees"):
         streams.video_track(clip(2, rotation=30))
 
 
@@ -180,7 +181,7 @@ def test_a_rotation_that_is_no_quarter_turn_is_named():
 )
 def test_sampling(options, train, want):
     lengths = np.array([50, 3, 1])
-    fields = batch_of(modality(**options), [clip(n) for n in lengths], train=train)
+    fields = batch_of(modality(**options), [clip(int(n)) for n in lengths], train=train)
     places = want(lengths, 10 + np.arange(3))
     assert fields["video"].shape == (3, 4, 3, 8, 8) and fields["video"].dtype == torch.float32
     assert (numbers(fields["video"].mean((2, 3, 4))) == places).all()
@@ -196,12 +197,12 @@ def test_fewer_frames_than_asked_for_repeat_the_last():
 def test_two_views():
     lengths = np.array([60, 5])
     options = {"frames": 4, "short_frames": 3, "short_share": [0.2, 0.4]}
-    fields = batch_of(modality(**options), [clip(n) for n in lengths])
+    fields = batch_of(modality(**options), [clip(int(n)) for n in lengths])
     want = frames.two_views(lengths, 10 + np.arange(2), 4, 3, (0.2, 0.4), seed=3, epoch=1)
     for name, times, places in (("video", "frame_times", want[0]), ("short_video", "short_times", want[1])):
         assert (numbers(fields[name].mean((2, 3, 4))) == places).all()
         np.testing.assert_allclose(fields[times], places / 10, atol=1e-6)
-    fields = batch_of(modality(**options), [clip(n) for n in lengths], train=False)
+    fields = batch_of(modality(**options), [clip(int(n)) for n in lengths], train=False)
     assert (numbers(fields["short_video"].mean((2, 3, 4))) == [[24, 30, 36], [1, 2, 3]]).all()  # the middle 18 and 3
 
 
@@ -238,7 +239,12 @@ def test_cut_resized_and_mirrored_alike(train, interpolation):
     stored = [pack_frames([picture(pattern(seed), "PNG")] * 3, "png") for seed in range(6)]
     fields = batch_of(modality(frames=2, **options), stored, train=train)
     rectangles, mirrored = view_rectangles(
-        ImageSpec(size=24, scale=[0.2, 0.9], mirror=0.5), np.array([[64, 48]] * 6), 10 + np.arange(6), train=train, seed=3, epoch=1
+        ImageSpec(size=24, scale=[0.2, 0.9], mirror=0.5),
+        np.array([[64, 48]] * 6),
+        10 + np.arange(6),
+        train=train,
+        seed=3,
+        epoch=1,
     )
     assert mirrored.any() == train
     filters = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -316,7 +322,7 @@ def test_damaged_zips():
         (zipped(a_txt=b"x"), {}, "no picture in the zip"),
         (zipped(a_jpg=b""), {}, "the picture is empty"),
         (good, {"fps": 0}, "'fps'|\"fps\" is 0"),
-        (good, {"fps": "30"}, '"fps" is \'30\''),
+        (good, {"fps": "30"}, "\"fps\" is '30'"),
     ):
         with pytest.raises(DamagedSample, match=reason):
             taking.inspect(content(data), record)
@@ -326,7 +332,7 @@ def test_damaged_zips():
     for second, reason in ((cut, "b.jpg: .*cut short"), (picture(grey(1, 32, 48)), "b.jpg: 32 x 48 pixels, .* 64 x 48")):
         with pytest.raises(DamagedBatch) as error:
             batch_of(taking, [good, zipped(a_jpg=picture(grey(0)), b_jpg=second), good])
-        assert list(error.value.reasons) == [1] and __import__("re").search(reason, error.value.reasons[1])
+        assert list(error.value.reasons) == [1] and re.search(reason, error.value.reasons[1])
         taking.reset()
 
 
@@ -337,14 +343,14 @@ def test_a_picture_of_a_zip_cannot_ask_for_all_memory(monkeypatch):
 
 
 def test_pack_frames_refuses_what_will_not_be_read():
-    with pytest.raises(ValueError, match="extension: expected one of jpg.* got 'gif'"):
+    with pytest.raises(ValueError, match=r"extension: expected one of jpg.* got 'gif'"):
         pack_frames([], "gif")
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------------
 
 
-def grow(data, share):
+def first_part(data, share):
     return data[: int(len(data) * share)]
 
 
@@ -352,11 +358,10 @@ DAMAGES = {
     "nothing": (b"", "empty"),
     "text": (b"hello" * 100, "FFmpeg: Invalid data"),
     "zeros": (bytes(1000), "FFmpeg"),
-    "mp4 without its index": (grow(clip(60), 0.8), "FFmpeg"),
-    "mp4, index first": (grow(clip(60, movflags="faststart+empty_moov+default_base_moof"), 0.5), "cut short|FFmpeg"),
-    "mkv half": (grow(clip(60, "matroska"), 0.5), "6.00 s are stated"),
-    "webm most": (grow(clip(60, "webm", "libvpx"), 0.8), "6.00 s are stated"),
-    "avi most": (grow(clip(60, "avi", "mpeg4"), 0.8), "cut short"),
+    "mp4 without its index": (first_part(clip(60), 0.8), "FFmpeg"),
+    "mkv half": (first_part(clip(60, "matroska"), 0.5), "6.00 s are stated"),
+    "webm most": (first_part(clip(60, "webm", "libvpx"), 0.8), "6.00 s are stated"),
+    "avi most": (first_part(clip(60, "avi", "mpeg4"), 0.8), "cut short"),
     "only sound": (sound_file(wave(8000, 8000), 8000), "no video stream"),
     "no frame": (clip(0, "matroska", "mpeg4", sound=(wave(9000, 8000), 8000, "flac")), "no frame"),
 }
@@ -369,8 +374,18 @@ def test_damaged_videos_are_named(name):
         modality().inspect(content(data), {})
 
 
+@pytest.mark.parametrize("share", [0.7, 0.85, 0.97])
+def test_a_file_that_begins_with_its_index_is_missed_at_its_end(tmp_path, share):
+    path = tmp_path / "clip.mp4"
+    clip(60, "mp4", movflags="faststart", path=path)
+    data = path.read_bytes()
+    assert data.find(b"moov") < data.find(b"mdat") and len(streams.video_track(data).times) == 60
+    with pytest.raises(DamagedSample, match=r"cut short within a frame|cut short: \d+ of 60 frames"):
+        streams.video_track(first_part(data, share))
+
+
 def test_no_member_is_named():
-    with pytest.raises(DamagedSample, match="no video .a member mp4, webm"):
+    with pytest.raises(DamagedSample, match=r"no video .a member mp4, webm"):
         modality().inspect(None, {})
 
 
@@ -407,7 +422,7 @@ def broken_in_the_middle(places):
     starts = [at for at in range(len(data)) if data[at : at + 3] == b"\xff\xd8\xff"]
     assert len(starts) == 20
     for place in places:
-        data[starts[place] : starts[place] + 400] = bytes(400)
+        data[starts[place] : starts[place] + 600] = bytes(600)
     return bytes(data)
 
 
@@ -415,7 +430,7 @@ def test_a_damaged_frame_counts_when_it_is_needed():
     data = broken_in_the_middle([7])
     track = streams.video_track(data)
     assert numbers(list(streams.video_frames(data, track, np.array([3, 12]), level).values())).tolist() == [3, 12]
-    with pytest.raises(DamagedSample, match="FFmpeg|ends|damaged"):
+    with pytest.raises(DamagedSample, match=r"FFmpeg|ends|damaged|cannot be decoded"):
         streams.video_frames(data, track, np.array([3, 7, 12]), level)
 
 
@@ -488,7 +503,7 @@ def test_damaged_positions_of_several_batches_in_flight():
         ({"stride": 0}, "video.stride"),
         ({"short_frames": -1}, "video.short_frames"),
         ({"size": 0}, "video.size"),
-        ({"short_share": [0.5, 1.5]}, "video.short_share: .* <= 1.0, got .0.5, 1.5."),
+        ({"short_share": [0.5, 1.5]}, "video.short_share: .* <= 1, got .0.5, 1.5."),
         ({"scale": [0.5, 0.1]}, "video.scale"),
         ({"ratio": [0.0, 1.0]}, "video.ratio"),
         ({"short_frames": 2, "sampling": "dense"}, "video.sampling: expected \"segment\" with short_frames, got 'dense'"),
@@ -576,5 +591,7 @@ def test_resuming_gives_the_rest_exactly(shards):
 
 def test_draws_of_frames_are_their_own():
     """No number is drawn twice: frames, crops and sounds of a sample are independent."""
-    numbers_of = {name: uniform(0, 0, np.array([5]), draw) for name, draw in (("crop", 3), ("frames", 1 << 20), ("sound", 1 << 21))}
+    numbers_of = {
+        name: uniform(0, 0, np.array([5]), draw) for name, draw in (("crop", 3), ("frames", 1 << 20), ("sound", 1 << 21))
+    }
     assert len({float(value[0]) for value in numbers_of.values()}) == 3

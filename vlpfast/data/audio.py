@@ -162,7 +162,8 @@ class AudioModality:
             (2, self._frames, spec.time_masks, spec.time_mask_width),
             (1, spec.n_mels, spec.mel_masks, spec.mel_mask_width),
         ):
-            u = uniform(draws.seed, draws.epoch, draws.index[:, None], first + np.arange(2 * count)).reshape(len(draws.index), count, 2)
+            numbers = first + np.arange(2 * count)
+            u = uniform(draws.seed, draws.epoch, draws.index[:, None], numbers).reshape(len(draws.index), count, 2)
             widths = (u[..., 0] * (most + 1)).astype(np.int64)
             starts = (u[..., 1] * (size - widths + 1)).astype(np.int64)
             masks.append((dim, torch.from_numpy(starts), torch.from_numpy(widths)))

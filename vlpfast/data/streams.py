@@ -25,6 +25,7 @@ except ImportError:
 
 _T = TypeVar("_T")
 _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}  # counter-clockwise
+_MAY_SHOW_NOTHING = ("vp8", "vp9", "av1", "mpeg4")  # codecs with packets that are no frame to be shown, or repeat the last one
 _LEAD = 0.25  # seconds of sound decoded before what is asked for: codecs need some packets until they are right after a jump
 
 
@@ -197,6 +198,8 @@ def _seek_frames(
                 current, following = following, None
             if current is None and jump and reached > 0:
                 return None
+            if (current is None or current.pts != pts) and stream.codec_context.codec.canonical_name not in _MAY_SHOW_NOTHING:
+                raise DamagedSample(f"frame {place} cannot be decoded")
             shown[place] = show(_picture(following if current is None else current, track))
         return shown
 
