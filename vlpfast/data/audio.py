@@ -187,37 +187,44 @@ class AudioModality:
 
 def _check(spec: AudioSpec) -> None:
     for name, known in (
-        ("pad", ("zeros", "repeat", "repeat_zeros")),
         ("features", ("log_mel", "waveform")),
+        ("pad", ("zeros", "repeat", "repeat_zeros")),
         ("mel_scale", ("slaney", "htk")),
         ("mel_norm", ("slaney", "none")),
         ("log", ("log10", "db", "ln")),
     ):
         if getattr(spec, name) not in known:
             raise UserError(f"audio.{name}: expected one of {', '.join(known)}, got {getattr(spec, name)!r}")
+    _check_range(spec, "sample_rate", *_RATES)
+    _check_range(spec, "seconds", 1 / spec.sample_rate, float("inf"))
+    if len(spec.interval) not in (0, 2):
+        raise UserError(f"audio.interval: expected the names of two fields of the JSON, got {list(spec.interval)}")
+    if spec.features == "waveform":
+        if spec.time_masks or spec.mel_masks:
+            raise UserError("audio.time_masks, audio.mel_masks: expected 0 for a waveform")
+        return
     samples = round(spec.seconds * spec.sample_rate)
-    for name, low, high in (
-        ("sample_rate", *_RATES),
+    for name, *bounds in (
         ("n_fft", 2, 2 * samples - 1),  # the reflected ends are half of it
         ("win", 1, spec.n_fft),
         ("hop", 1, samples),
-        ("n_mels", 1, None),
-        ("f_min", 0, None),
+        ("n_mels", 1, float("inf")),
+        ("f_min", 0, float("inf")),
         ("f_max", spec.f_min + 1, spec.sample_rate / 2),
-        ("floor", 1e-30, None),
-        ("dynamic_range", 0, None),
-        ("time_masks", 0, None),
-        ("time_mask_width", 0, samples // spec.hop),
-        ("mel_masks", 0, None),
+        ("floor", 1e-30, float("inf")),
+        ("dynamic_range", 0, float("inf")),
+        ("time_masks", 0, float("inf")),
+        ("mel_masks", 0, float("inf")),
         ("mel_mask_width", 0, spec.n_mels),
     ):
-        value = getattr(spec, name)
-        if not low <= value <= (float("inf") if high is None else high):
-            raise UserError(f"audio.{name}: expected {f'at least {low}' if high is None else f'{low} .. {high}'}, got {value}")
-    if spec.features == "waveform" and (spec.time_masks or spec.mel_masks):
-        raise UserError("audio.time_masks, audio.mel_masks: expected 0 for a waveform")
-    if len(spec.interval) not in (0, 2):
-        raise UserError(f"audio.interval: expected the names of two fields of the JSON, got {list(spec.interval)}")
+        _check_range(spec, name, *bounds)
+    _check_range(spec, "time_mask_width", 0, samples // spec.hop)
+
+
+def _check_range(spec: AudioSpec, name: str, low: float, high: float) -> None:
+    if not low <= (value := getattr(spec, name)) <= high:
+        expected = f"at least {low}" if high == float("inf") else f"{low} .. {high}"
+        raise UserError(f"audio.{name}: expected {expected}, got {value}")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------------
