@@ -60,10 +60,12 @@ def clip(
     return file.getvalue()
 
 
-def mux_sound(out, track, samples, rate):
-    for first in range(0, len(samples), 1000):
-        block = np.ascontiguousarray(samples[None, first : first + 1000], np.float32)
-        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+def mux_sound(out, track, samples, rate, layout="mono"):
+    """samples: float [n] or [channels, n]."""
+    samples = np.atleast_2d(samples)
+    for first in range(0, samples.shape[1], 1000):
+        block = np.ascontiguousarray(samples[:, first : first + 1000].T.reshape(1, -1), np.float32)
+        frame = av.AudioFrame.from_ndarray(block, format="flt", layout=layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, first, Fraction(1, rate)
         out.mux(track.encode(frame))
     out.mux(track.encode())

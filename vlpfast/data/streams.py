@@ -257,6 +257,7 @@ def sound(data: bytes, track: SoundTrack, first: int, count: int) -> np.ndarray:
         stream = _sound_stream(container)
         if (begin := first / track.rate - _LEAD) > 0:
             container.seek(int(begin / stream.time_base), stream=stream, backward=True)
+        resampler = av.AudioResampler(format="flt")
         place = None  # of the next frame's first sample
         for frame in container.decode(stream):
             if frame.sample_rate != track.rate:
@@ -264,7 +265,7 @@ def sound(data: bytes, track: SoundTrack, first: int, count: int) -> np.ndarray:
             told = place if frame.pts is None else round(float(frame.pts * frame.time_base) * track.rate)
             if place is None or abs(told - place) > 0.02 * track.rate:  # less is rounding: some containers count milliseconds
                 place = told or 0
-            samples = _mono(frame)
+            samples = _mono(resampler, frame)
             low, high = max(place, first), min(place + len(samples), first + count)
             if low < high:
                 out[low - first : high - first] = samples[low - place : high - place]
@@ -274,12 +275,12 @@ def sound(data: bytes, track: SoundTrack, first: int, count: int) -> np.ndarray:
     return out
 
 
-def _mono(frame: Any) -> np.ndarray:
-    """-> float32 [samples]"""
-    samples = frame.to_ndarray()  # [channels, samples], or [1, samples * channels] where they are interleaved
-    channels = len(frame.layout.channels)
-    samples = samples if frame.format.is_planar else samples.reshape(-1, channels).T
-    if samples.dtype == np.uint8:
-        return (samples.astype(np.float32).mean(axis=0) - 128) / 128
-    scale = 1 if samples.dtype.kind == "f" else -float(np.iinfo(samples.dtype).min)
-    return (samples.mean(axis=0, dtype=np.float64) / scale).astype(np.float32)
+def _mono(resampler: Any, frame: Any) -> np.ndarray:
+    """The mean of all channels, float32 [samples]."""
+    # interleaved by FFmpeg first: PyAV counts the planes of eight channels and more wrongly, and reads beyond them
+    channels = frame.layout.nb_channels
+    try:
+        parts = [part.to_ndarray().reshape(-1, channels) for part in resampler.resample(frame)]
+    except ValueError as error:
+        raise DamagedSample(f"the format of the sound changes, or is not known: {error}") from error
+    return np.concatenate(parts).mean(axis=1) if parts else np.empty(0, np.float32)
