@@ -460,6 +460,10 @@ def test_only_a_silent_sound_is_searched_to_its_end(monkeypatch):
     fields = batch_of(modality(), [stored(late)], train=False)
     assert not fields["audio"].any()
     assert "silent" in reasons_of(modality(), [stored(np.zeros(9000))])[0]
+    track = np.frombuffer(sound_file(late, 8000, "mov", "pcm_s16le"), np.uint8)
+    assert not batch_of(modality(), [track], train=False)["audio"].any()
+    silent = np.frombuffer(sound_file(np.zeros(9000), 8000, "mov", "pcm_s16le"), np.uint8)
+    assert "silent" in reasons_of(modality(), [silent])[0]
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "mp4", "webm"])

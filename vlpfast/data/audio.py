@@ -178,7 +178,7 @@ class AudioModality:
         samples = _read(data, info.track, info.first + low, high - low)
         if not np.isfinite(samples).all():
             raise DamagedSample("the samples hold NaN or infinite values")
-        if not (self._spec.keep_silence or samples.any() or _any_sound(data, info)):
+        if not (self._spec.keep_silence or samples.any() or _any_sound(data)):
             raise DamagedSample("the sound is silent: every sample is zero")
         row = np.zeros(count + 2 * around, np.float32)
         row[low - start + around : high - start + around] = samples
@@ -278,7 +278,9 @@ def _read(data: bytes, track: streams.SoundTrack, first: int, count: int) -> np.
     return samples.mean(axis=1)
 
 
-def _any_sound(data: bytes, info: SoundInfo) -> bool:
-    """Whether anything of it can be heard: what counts as silent must not depend on the place of the cut."""
-    firsts = range(0, info.count, _BLOCK)
-    return any(_read(data, info.track, info.first + first, min(_BLOCK, info.count - first)).any() for first in firsts)
+def _any_sound(data: bytes) -> bool:
+    """Whether anything of the file can be heard: what counts as silent must not depend on the place of the cut."""
+    if _in_container(data):
+        return streams.any_sound(data)
+    with _opened(data) as file:
+        return any(block.any() for block in file.blocks(_BLOCK, dtype="float32"))

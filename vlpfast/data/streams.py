@@ -275,6 +275,13 @@ def sound(data: bytes, track: SoundTrack, first: int, count: int) -> np.ndarray:
     return out
 
 
+def any_sound(data: bytes) -> bool:
+    """Whether one sample of the first sound stream is not zero. Decodes until there is one."""
+    with _opened(data) as container:
+        resampler = av.AudioResampler(format="flt")
+        return any(_mono(resampler, frame).any() for frame in container.decode(_sound_stream(container)))
+
+
 def _mono(resampler: Any, frame: Any) -> np.ndarray:
     """The mean of all channels, float32 [samples]."""
     # interleaved by FFmpeg first: PyAV counts the planes of eight channels and more wrongly, and reads beyond them
