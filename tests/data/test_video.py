@@ -589,6 +589,33 @@ def test_resuming_gives_the_rest_exactly(shards):
         again.close()
 
 
+def test_resuming_leaves_out_what_was_found_damaged_before(tmp_path):
+    """Whether a damaged frame is needed depends on the epoch: once it was, the sample is out for good, in a resumed run too."""
+    with ShardWriter(tmp_path, "s", samples_per_shard=6) as writer:
+        for n in range(12):
+            writer.write(f"{n:04d}", {"mov": broken_in_the_middle([2] if n % 2 else [])})
+    spec = DataSpec(image=None, text=None, video=VideoSpec(frames=2, size=8, **PLAIN))
+
+    def loader():
+        return make_loader(str(tmp_path), spec, None, 3, train=True, seed=1)
+
+    first = loader()
+    states, batches, iterator = [first.state_dict()], [], iter(first)
+    for _ in range(24):
+        batches.append(next(iterator))
+        states.append(first.state_dict())
+    first.close()
+    found = [len(state["skipped"]) for state in states]
+    assert 0 == found[0] < found[8] < found[-1]
+    for cut in (0, 5, 12, 18):
+        again = loader()
+        again.load_state_dict(json.loads(json.dumps(states[cut])))
+        for batch, other in zip(batches[cut:], again, strict=False):
+            assert_same(batch, other)
+        assert again.state_dict() == states[-1]
+        again.close()
+
+
 def test_draws_of_frames_are_their_own():
     """No number is drawn twice: frames, crops and sounds of a sample are independent."""
     numbers_of = {
