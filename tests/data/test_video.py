@@ -14,6 +14,7 @@ from PIL import Image
 from test_loader import Characters, assert_same
 
 pytest.importorskip("av")
+import av
 from media import CONTAINERS, clip, damaged_copies, grey, sound_file, wave
 
 from vlpfast.data import ShardWriter, frames, make_loader, streams, video
@@ -92,12 +93,11 @@ def test_orders_of_frames(container, x264):
         assert (numbers(list(shown.values())) == places).all()
 
 
-def counted(monkeypatch):
-    """Decoded frames, as they come."""
-    decoded = []
+def watched(monkeypatch, passes):
+    """From here on only those decoded frames come that pass."""
     opened = streams._opened
 
-    class Counting:
+    class Watched:
         def __init__(self, container):
             self._container = container
 
@@ -105,17 +105,14 @@ def counted(monkeypatch):
             return getattr(self._container, name)
 
         def decode(self, stream):
-            for frame in self._container.decode(stream):
-                decoded.append(frame.pts)
-                yield frame
+            return filter(passes, self._container.decode(stream))
 
     @contextlib.contextmanager
-    def counting(data):
+    def watching(data):
         with opened(data) as container:
-            yield Counting(container)
+            yield Watched(container)
 
-    monkeypatch.setattr(streams, "_opened", counting)
-    return decoded
+    monkeypatch.setattr(streams, "_opened", watching)
 
 
 @pytest.mark.parametrize(("container", "codec"), [("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx")])
@@ -123,7 +120,8 @@ def test_no_more_is_decoded_than_from_the_key_frame_on(monkeypatch, container, c
     data = clip(60, container, codec, options={"x264-params": "keyint=10:scenecut=0"} if codec == "libx264" else {"g": "10"})
     track = streams.video_track(data)
     assert len(track.key_pts) >= 5
-    decoded = counted(monkeypatch)
+    decoded = []
+    watched(monkeypatch, lambda frame: decoded.append(frame) or True)
     streams.video_frames(data, track, np.array([2, 33, 55]), level)
     assert len(decoded) <= 3 + 3 * 12
     decoded.clear()
@@ -374,14 +372,33 @@ def test_damaged_videos_are_named(name):
         modality().inspect(content(data), {})
 
 
-@pytest.mark.parametrize("share", [0.7, 0.85, 0.97])
-def test_a_file_that_begins_with_its_index_is_missed_at_its_end(tmp_path, share):
+def packets(data):
+    """Place in the file, bytes and pts of each packet of video."""
+    with av.open(io.BytesIO(data)) as container:
+        return [(packet.pos, packet.size, packet.pts) for packet in container.demux(video=0) if packet.size]
+
+
+def test_a_file_that_begins_with_its_index_is_missed_at_its_end(tmp_path):
     path = tmp_path / "clip.mp4"
     clip(60, "mp4", movflags="faststart", path=path)
     data = path.read_bytes()
     assert data.find(b"moov") < data.find(b"mdat") and len(streams.video_track(data).times) == 60
-    with pytest.raises(DamagedSample, match=r"cut short within a frame|cut short: \d+ of 60 frames"):
-        streams.video_track(first_part(data, share))
+    place, size, _ = packets(data)[40]
+    with pytest.raises(DamagedSample, match="cut short: 40 of 60 frames"):
+        streams.video_track(data[:place])
+    with pytest.raises(DamagedSample, match="cut short within a frame"):
+        streams.video_track(data[: place + size // 2])
+
+
+@pytest.mark.parametrize("missing", [7, 20])
+def test_a_frame_that_the_decoder_passes_over_is_missed(monkeypatch, missing):
+    data = clip(30)
+    track = streams.video_track(data)
+    watched(monkeypatch, lambda frame: frame.pts != track.pts[missing])
+    kept = [n for n in range(30) if n != missing]
+    assert sorted(streams.video_frames(data, track, np.array(kept), level)) == kept
+    with pytest.raises(DamagedSample, match=f"frame {missing} cannot be decoded"):
+        streams.video_frames(data, track, np.array([missing, 25]), level)
 
 
 def test_no_member_is_named():
@@ -396,8 +413,6 @@ def test_frames_too_large_are_refused(monkeypatch):
 
 
 def test_a_change_of_size_is_named():
-    import av
-
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as out:
         stream = None

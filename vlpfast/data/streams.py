@@ -1,7 +1,9 @@
 """Containers of video and sound by PyAV (FFmpeg): what a stream holds, frames at chosen places, a stretch of a sound track.
 
 Packets are read to know the frames, which costs little; decoded is only what lies between a chosen frame and the key frame
-before it. Nothing is held but the file's bytes, a few numbers for each packet and the frame at hand.
+before it. Nothing is held but the file's bytes, a few numbers for each packet and the frame at hand. Frames are turned as their
+file says, but not mirrored. A sound's zero is the container's, a video's is its first frame; containers that count milliseconds
+place a stretch of sound to the millisecond.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ def video_track(data: bytes) -> VideoTrack:
         for packet in container.demux():
             if packet.size == 0:
                 continue
-            if packet.pts is not None:
+            if packet.pts is not None and packet.stream.type in ("video", "audio"):
                 ends = max(ends, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream is not stream:
                 continue
