@@ -103,7 +103,7 @@ class LogMel:
 
     def __init__(self, spec: AudioSpec, device: torch.device):
         self._spec = spec
-        self._window = torch.hann_window(spec.win, device=device)
+        self._window = torch.hann_window(spec.win).to(device)  # made on the host: the calls may run on another stream than this
         self._filters = torch.from_numpy(mel_filters(spec).T.copy()).to(device, _exact(device))
 
     def __call__(self, waveform: Tensor) -> Tensor:

@@ -71,8 +71,9 @@ class VideoModality:
         streams.need_av()
         self._spec, self._device = spec, device
         self._view = ImageSpec(size=spec.size, scale=list(spec.scale), ratio=list(spec.ratio), mirror=spec.mirror)
-        self._mean = torch.tensor(spec.mean, device=device).view(3, 1, 1) * 255
-        self._inverse_std = 1 / (torch.tensor(spec.std, device=device).view(3, 1, 1) * 255)
+        # made on the host: receive() may run on another stream than this
+        self._mean = (torch.tensor(spec.mean).view(3, 1, 1) * 255).to(device)
+        self._inverse_std = (1 / (torch.tensor(spec.std).view(3, 1, 1) * 255)).to(device)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vlpfast-video")
         self._submitted: deque[list[Future[np.ndarray]]] = deque()
 
