@@ -356,6 +356,8 @@ def test_intervals():
     for record, reason in (
         ({"from": 3, "to": 4}, "no sound in 3.0 .. 4.0 s: it ends at 2.000 s"),
         ({"from": 1}, "'to' is None"),
+        ({"from": 1e11, "to": 2e11}, "no sound in"),
+        ({"from": 1, "to": 1e300}, r"'to' is 1e.300"),
         ({"from": 1, "to": 1}, "empty"),
     ):
         with pytest.raises(DamagedSample, match=reason):

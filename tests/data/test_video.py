@@ -215,7 +215,10 @@ def test_intervals():
         ({"start": True, "end": 2}, "'start' is True"),
         ({"start": 2, "end": 2}, "empty"),
         ({"start": -1, "end": 2}, "empty"),
-        ({"start": float("nan"), "end": 2}, "empty"),
+        ({"start": float("nan"), "end": 2}, "'start' is nan"),
+        ({"start": 1, "end": float("inf")}, "'end' is inf"),
+        ({"start": 1, "end": 10**400}, "'end' is 10*, expected a number"),
+        ({"start": 1e11, "end": 2e11}, "no frame in"),
         ({"start": 7, "end": 9}, r"no frame in 7.0 .. 9.0 s: the video ends at 5.900"),
     ):
         with pytest.raises(DamagedSample, match=reason):
@@ -319,8 +322,10 @@ def test_damaged_zips():
         (zipped(), {}, "no picture in the zip"),
         (zipped(a_txt=b"x"), {}, "no picture in the zip"),
         (zipped(a_jpg=b""), {}, "the picture is empty"),
-        (good, {"fps": 0}, "'fps'|\"fps\" is 0"),
-        (good, {"fps": "30"}, "\"fps\" is '30'"),
+        (good, {"fps": 0}, "'fps' is 0.0, expected more than 0"),
+        (good, {"fps": 10**400}, "'fps' is 10*, expected a number"),
+        (good, {"fps": None}, "'fps' is None"),
+        (good, {"fps": "30"}, "'fps' is '30'"),
     ):
         with pytest.raises(DamagedSample, match=reason):
             taking.inspect(content(data), record)

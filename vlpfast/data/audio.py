@@ -62,8 +62,10 @@ class AudioModality:
             raise UserError("sounds need soundfile: pip install vlpfast[audio]")
         self._spec, self._device = spec, device
         self._samples = round(spec.seconds * spec.sample_rate)
-        self._frames = self._samples // spec.hop + (not spec.drop_last_frame)
-        self._log_mel = LogMel(spec, device) if spec.features == "log_mel" else None
+        self._log_mel = self._frames = None
+        if spec.features == "log_mel":
+            self._log_mel = LogMel(spec, device)
+            self._frames = self._samples // spec.hop + (not spec.drop_last_frame)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="vlpfast-audio")
         self._submitted: deque[_Batch] = deque()
 
@@ -76,7 +78,7 @@ class AudioModality:
             raise DamagedSample(f"a sample rate of {track.rate} Hz, expected {_RATES[0]} .. {_RATES[1]}")
         if track.samples < 1:
             raise DamagedSample("the file holds no sound")
-        first, last = round(begin * track.rate), min(track.samples, round(min(end, track.samples) * track.rate))
+        first, last = (min(track.samples, round(min(time, 1e12) * track.rate)) for time in (begin, end))
         if first >= last:
             raise DamagedSample(f"no sound in {begin} .. {end} s: it ends at {track.samples / track.rate:.3f} s")
         if self._length(last - first, track.rate) < 1:
@@ -98,7 +100,9 @@ class AudioModality:
         ]
         kept = [min(info.count, need) for info, need in zip(infos, needed, strict=True)]
         samples = [self._kept(count, rate) for count, rate in zip(kept, rates, strict=True)]
-        self._submitted.append(_Batch(rows, rates, torch.tensor(samples)[:, None], self._masks(draws) if draws.train else []))
+        self._submitted.append(
+            _Batch(rows, rates, torch.tensor(samples)[:, None], self._masks(draws) if draws.train and self._log_mel else [])
+        )
         return {"audio_length": torch.tensor([self._length(count, rate) for count, rate in zip(kept, rates, strict=True)])}
 
     def receive(self) -> dict[str, Tensor]:

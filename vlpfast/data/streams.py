@@ -53,15 +53,19 @@ def need_av() -> None:
         raise UserError("videos, and sounds in the containers of videos, need PyAV: pip install vlpfast[video]")
 
 
+def json_number(record: dict[str, Any], name: str) -> float:
+    """A field of a sample's JSON. Raises DamagedSample if it is no number, or one that no time or rate can be."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:
+        raise DamagedSample(f"the json member's {name!r} is {value!r}, expected a number")
+    return float(value)
+
+
 def json_interval(record: dict[str, Any], names: list[str]) -> tuple[float, float]:
     """The seconds in the two named fields of a sample's JSON; (0, inf) for no names. Raises DamagedSample."""
     if not names:
         return 0.0, float("inf")
-    values = [record.get(name) for name in names]
-    for name, value in zip(names, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise DamagedSample(f"the json member's {name!r} is {value!r}, expected a number of seconds")
-    begin, end = map(float, values)
+    begin, end = (json_number(record, name) for name in names)
     if not 0 <= begin < end:
         raise DamagedSample(f"the interval {begin} .. {end} s is empty")
     return begin, end

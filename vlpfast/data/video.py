@@ -210,9 +210,9 @@ def _is_zip(data: bytes) -> bool:
 
 
 def _picture_track(data: bytes, record: dict[str, Any]) -> PictureTrack:
-    fps = record.get("fps")
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf")):
-        raise DamagedSample(f'the json member\'s "fps" is {fps!r}, expected a number of frames a second')
+    fps = streams.json_number(record, "fps") if "fps" in record else None
+    if fps is not None and fps <= 0:
+        raise DamagedSample(f"the json member's 'fps' is {fps}, expected more than 0 frames a second")
     with _zip(data) as archive:
         names = sorted(name for name in archive.namelist() if name.lower().endswith(tuple("." + e for e in IMAGE_EXTENSIONS)))
         if not names:
