@@ -642,3 +642,18 @@ def test_draws_of_frames_are_their_own():
         name: uniform(0, 0, np.array([5]), draw) for name, draw in (("crop", 3), ("frames", 1 << 20), ("sound", 1 << 21))
     }
     assert len({float(value[0]) for value in numbers_of.values()}) == 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(shards):
+    """The frames and sounds of the CPU, and they stay while later batches come."""
+    iterator = iter(load(shards, device="cuda"))
+    batches = [next(iterator) for _ in range(8)]
+    copies = [(batch["video"].cpu(), batch["audio"].cpu()) for batch in batches]
+    for batch, (pixels, sound), other in zip(batches, copies, load(shards), strict=False):
+        assert batch["video"].is_cuda and batch["audio"].is_cuda
+        for name in ("frame_times", "video_crop", "audio_length"):
+            assert torch.equal(batch[name], other[name]), name  # on the CPU both
+        assert torch.equal(batch["video"].cpu(), pixels) and torch.equal(batch["audio"].cpu(), sound)
+        np.testing.assert_allclose(pixels, other["video"], atol=1e-3)
+        np.testing.assert_allclose(sound, other["audio"], atol=1e-3)
