@@ -384,6 +384,10 @@ class ShardLoader:
         for place, index in enumerate(indices):
             contents = {name: column[place] for name, column in members.items()}
             try:
+                if (
+                    name := self._shards.name(index)
+                ) in self.skipped:  # found before this run was resumed, perhaps by other draws
+                    raise DamagedSample(self.skipped[name])
                 record = _parse_json(records.get(place))
                 infos = {name: modality.inspect(contents[name], record) for name, modality in modalities.items()}
                 caption = _caption(captions[place], record) if self._spec.text is not None else ""
