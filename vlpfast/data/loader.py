@@ -254,6 +254,7 @@ class ShardLoader:
         self._course.restore(state["remainders"])
         self._position = Position(**{name: state[name] for name in Position._fields})
         self._loaded = True
+        self._damaged = {}
         self.skipped = dict(state["skipped"])
 
     def close(self) -> None:
@@ -384,9 +385,8 @@ class ShardLoader:
         for place, index in enumerate(indices):
             contents = {name: column[place] for name, column in members.items()}
             try:
-                if (
-                    name := self._shards.name(index)
-                ) in self.skipped:  # found before this run was resumed, perhaps by other draws
+                # Found before this run was resumed, perhaps by other draws.
+                if (name := self._shards.name(index)) in self.skipped:
                     raise DamagedSample(self.skipped[name])
                 record = _parse_json(records.get(place))
                 infos = {name: modality.inspect(contents[name], record) for name, modality in modalities.items()}
