@@ -97,6 +97,21 @@ def test_the_first_of_each_group_is_kept_whatever_the_chunks(tmp_path: Path, mon
     assert all(line["distance"] == (hashes[i] ^ hashes[first[i]]).bit_count() for i, line in enumerate(found) if first[i] >= 0)
 
 
+def test_samples_that_no_loader_takes_are_left_out(tmp_path: Path) -> None:
+    """A member that comes twice: nobody can tell which of the two is meant."""
+    import tarfile
+
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, content in (("k.jpg", photo(1)), ("k.jpg", photo(2)), ("l.jpg", photo(1))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    for by in ("phash", "bytes"):
+        near_duplicates(str(tmp_path / "a.tar"), tmp_path / by, by=by)
+        first, second = decisions(tmp_path / by)
+        assert "twice" in first["damaged"] and second["keep"]  # and what is left out makes no other a duplicate
+
+
 def test_by_scores(shards: Path, tmp_path: Path) -> None:
     scores = np.array([0.3, 0.1, 0.3, 0.5, np.nan, 0.2], np.float32)
     report = by_scores(str(shards), scores, tmp_path / "a", threshold=0.3, damaged={4: "cut"}, method={"name": "mine"})

@@ -47,9 +47,10 @@ def problems(shards: ShardSet, samples: Sequence[int], wanted: Needs, decode: bo
     found: list[list[str]] = []
     for i, parts, picture, text, meta in zip(samples, records, wrong, texts, metas, strict=True):
         if parts is not None:
-            found.append(_document_problems(shards, i, parts, decode))
+            own = [shards.problem(i), *_document_problems(shards, i, parts, decode)]
+            found.append([problem for problem in own if problem])
             continue
-        own = [picture] if wanted.picture else []
+        own = [shards.problem(i)] + ([picture] if wanted.picture else [])
         own += [store._caption_problem(text, meta)] if wanted.caption else []
         for name in shards.extensions(i):
             if name in _MEDIA:

@@ -141,6 +141,7 @@ def _near(shards: ShardSet, by: str, distance: int, threads: int) -> Decide:
         with ThreadPoolExecutor(threads) as pool:
             made = pool.map(lambda content: _hash(content, by), shards.read(range(start, stop), IMAGE_EXTENSIONS))
             for place, one in enumerate(made):
+                one = shards.problem(start + place) or one
                 if isinstance(one, str):
                     decisions[place] = {"keep": False, "damaged": one}
                 else:
@@ -198,8 +199,9 @@ def _same_bytes(shards: ShardSet) -> Decide:
         decisions: list[dict[str, Any]] = []
         contents = shards.read(range(start, stop), (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS, *AUDIO_EXTENSIONS, "txt"))
         for i, content in enumerate(contents, start):
-            if content is None:
-                decisions.append({"keep": False, "damaged": "neither picture nor video, sound, text"})
+            problem = shards.problem(i) or ("neither picture nor video, sound, text" if content is None else "")
+            if problem:
+                decisions.append({"keep": False, "damaged": problem})
                 continue
             before = first.setdefault(hashlib.blake2b(content, digest_size=16).digest(), i)
             decisions.append({"keep": True} if before == i else {"keep": False, "duplicate_of": shards.name(before)})
