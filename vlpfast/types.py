@@ -21,6 +21,13 @@ class Batch(TypedDict, total=False):
     image_local: Tensor  # [B, V, 3, s, s] the local views
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
+    labels: Tensor  # [B, L] int64 what is asked for at each token, -100: nothing
+    word_ids: Tensor  # [B, L] int64 the word that a token is a part of, -1 at special tokens and padding
+    positions: Tensor  # [B, L] int64 place of a token in its document; packed rows alone, as all down to image_of
+    cu_seqlens: Tensor  # [S + 1] int32 where in text.flatten() the documents and the rows' paddings begin, then B * L
+    document: Tensor  # [S] int64 the document that each of these sequences is, -1: padding
+    image_slots: Tensor  # [P] int64 where in text.flatten() each picture's first token is; picture p is image[p]
+    image_of: Tensor  # [P, 2] int64 the document of each picture, and which of its pictures it is
     video: Tensor  # [B, T, 3, H, W] float32, normalised with the VideoSpec's mean and std
     frame_times: Tensor  # [B, T] float32 seconds from the video's first frame, NaN where they are unknown; on the CPU
     video_crop: Tensor  # [B, 5] as crop, of the video's frames as they are shown; on the CPU
