@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -162,15 +163,15 @@ def _train(
 
         Toy.after_step = after_step_or_die
     if kill_in_save:
-        write = checkpoint._write_json
+        write = checkpoint._write_text
 
-        def write_or_die(path: Path, value: dict[str, Any]) -> None:
-            if path.name == "state.json" and value["step"] >= kill_in_save:
+        def write_or_die(path: Path, text: str) -> None:
+            if path.name == "state.json" and json.loads(text)["step"] >= kill_in_save:
                 path.write_text("{")
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(path, value)
+            write(path, text)
 
-        checkpoint._write_json = write_or_die
+        checkpoint._write_text = write_or_die
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     try:

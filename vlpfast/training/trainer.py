@@ -24,6 +24,7 @@ from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate
 from vlpfast.training.precision import use_bfloat16
 from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
+from vlpfast.training.saver import Saver
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
 from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, UserError
 
@@ -127,6 +128,9 @@ class Trainer:
         evaluated = min(start, self._total - 1)
         self._evaluations = JsonLines(self.run_dir / "evaluation.jsonl", lambda line: line["step"] <= evaluated)
         self._board = TensorBoard(self.run_dir / "tensorboard", self.config.train.tensorboard_every, start)
+        train = self.config.train
+        in_background = self.device.type == "cuda" if train.async_checkpoint is None else train.async_checkpoint
+        self._saver = Saver(folder, train.keep_checkpoints, in_background)
         self._display = Display(start, self._total, self.config.train.log_seconds)
         try:
             for note in notes:
@@ -135,10 +139,12 @@ class Trainer:
             for index in range(first, len(stages)):
                 if not self._run_stage(index, *stages[index], state if index == first else None, newest):
                     return False
+            self._saver.wait()
             checkpoint.export(self.model, self.run_dir / "model.safetensors")
             self._evaluate()
             return True
         finally:
+            self._saver.close()
             for output in (self._display, self._board, self._metrics, self._evaluations):
                 output.close()
 
@@ -182,6 +188,7 @@ class Trainer:
         finally:
             loader.close()
         if received:
+            self._saver.wait()
             self._display.say(
                 f"{received[0].name}: stopped after step {position.step} and saved; start again with this run folder to go on"
             )
@@ -220,6 +227,8 @@ class Trainer:
             if due and train.checkpoint_every and position.step % train.checkpoint_every == 0:
                 self._save(loader)
                 mark = time.perf_counter()
+            if self._saver.failed:
+                self._saver.wait()
 
     def _step(self, batch: Batch, name: str, stage: Stage, progress: Progress) -> _Taken:
         model, optimizer, train = self.model, self._optimizer, self.config.train
@@ -308,9 +317,7 @@ class Trainer:
             "model": self._described,
             "processes": [{"rng": rng_state(), "loader": loader.state_dict()}],
         }
-        train = self.config.train
-        folder = self.run_dir / "checkpoints"
-        checkpoint.save(folder, self.position.step, self.model, self._optimizer, state, train.keep_checkpoints)
+        self._saver.save(self.position.step, self.model, self._optimizer, state)
         self._saved_step = self.position.step
 
 
