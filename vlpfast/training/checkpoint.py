@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from vlpfast.training.checkpoint_reader import Reader
 from vlpfast.training.config import differences
 from vlpfast.training.together import on_all, on_first, rank, reason
-from vlpfast.types import UserError
+from vlpfast.types import PeerError, UserError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
@@ -248,7 +248,8 @@ def write(
         on_first(finish, group)
     except (OSError, CheckpointException, UserError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
+        told = isinstance(error, PeerError) or (isinstance(error, CheckpointException) and rank() not in error.failures)
+        raise (PeerError if told else UserError)(
             f"checkpoint {final} could not be saved: {reason(error)}; the earlier checkpoints are untouched: "
             "make room and start again with the same train.run_dir"
         ) from error

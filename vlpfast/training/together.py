@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vlpfast.types import UserError
+from vlpfast.types import PeerError
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ def rank() -> int:
 def on_all(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Runs function in every process -> the results of all (small, picklable), by rank, in each.
 
-    Where it fails, its own error is raised; everywhere else then a UserError with that rank and reason.
+    Where it fails, its own error is raised; everywhere else then a PeerError with that rank and reason.
     """
     if not has_peers():
         return [function()]
@@ -43,12 +43,12 @@ def on_all(function: Callable[[], T], group: dist.ProcessGroup | None = None) ->
         raise failure
     for index, (_, why) in enumerate(outcomes):
         if why is not None:
-            raise UserError(f"process {index}: {why}")
+            raise PeerError(f"process {index}: {why}")
     return [result for result, _ in outcomes]
 
 
 def on_first(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Runs function in process 0 alone -> its result (small, picklable) in every process. A UserError is raised in all."""
+    """Runs function in process 0 alone -> its result (small, picklable) in each. What it raises is a PeerError in the others."""
     if not has_peers():
         return function()
     outcome: list[Any] = [None]
@@ -58,13 +58,13 @@ def on_first(function: Callable[[], T], group: dist.ProcessGroup | None = None) 
             outcome = [(function(), None)]
         except Exception as error:
             failure = error
-            outcome = [(None, str(error) if isinstance(error, UserError) else f"process 0: {reason(error)}")]
+            outcome = [(None, reason(error))]
     dist.broadcast_object_list(outcome, src=0, group=group)
     if failure is not None:
         raise failure
     result, why = outcome[0]
     if why is not None:
-        raise UserError(why)
+        raise PeerError(why)
     return result
 
 
