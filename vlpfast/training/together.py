@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from vlpfast.types import PeerError
+from vlpfast.types import PeerError, UserError
 
 T = TypeVar("T")
 
@@ -70,6 +70,8 @@ def on_first(function: Callable[[], T], group: dist.ProcessGroup | None = None) 
 
 def reason(error: BaseException) -> str:
     """The system's words (no space left on device), which torch reports as the context of an error of its own."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, CheckpointException):
         named = [f"process {index}: " if has_peers() else "" for index in error.failures]
         return "; ".join(name + reason(failure[0]) for name, failure in zip(named, error.failures.values(), strict=True))
