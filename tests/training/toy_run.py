@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ model: {name: toy}
 data: {source: shards, train: [none.tar]}
 train: {steps: 12, batch_size: 8, lr: 0.01, warmup_steps: 3, checkpoint_every: 4, tensorboard_every: 0, precision: fp32}
 """
+CLOCK = ("samples_per_s", "data_wait", "seconds")
 
 
 @dataclass
@@ -176,6 +178,13 @@ def as_rank(rank: int, ranks: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Every line of the metrics of folder/run without what a clock measured."""
+    path = folder / "run" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
+
+
 def _train(
     folder: Path,
     overrides: tuple[str, ...],
@@ -183,13 +192,15 @@ def _train(
     kill_in_save: int = 0,
     largest_file: int = 0,
     seconds: float = 0.0,
+    save_seconds: float = 0.0,
     ranks: tuple[int, int, int] | None = None,
 ) -> None:
     """kill_after, kill_in_save: the step after which, or in whose or a later checkpoint's midst, the process gets SIGKILL.
-    largest_file: bytes after which a file is too large, as on a full disk. seconds: how long each batch takes.
-    ranks: this one, how many, the port where they meet."""
+    largest_file: bytes after which a file is too large, as on a full disk. seconds, save_seconds: how long each batch takes, and
+    the last file of a checkpoint. ranks: this one, how many, the port where they meet."""
     with open(folder / ("log" if ranks is None else f"log-{ranks[0]}"), "w") as log:
         os.dup2(log.fileno(), 2)
+    faulthandler.enable()  # on SIGABRT it says where it was
     torch.set_num_threads(1)
     if ranks is not None:
         as_rank(*ranks)
@@ -202,16 +213,17 @@ def _train(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Toy.after_step = after_step_or_die
-    if kill_in_save:
+    if kill_in_save or save_seconds:
         write = checkpoint._write_text
 
-        def write_or_die(path: Path, text: str) -> None:
-            if path.name == "state.json" and json.loads(text)["step"] >= kill_in_save:
+        def write_late_or_die(path: Path, text: str) -> None:
+            if kill_in_save and path.name == "state.json" and json.loads(text)["step"] >= kill_in_save:
                 path.write_text("{")
                 os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(save_seconds if path.name == "manifest.json" else 0)
             write(path, text)
 
-        checkpoint._write_text = write_or_die
+        checkpoint._write_text = write_late_or_die
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     run(lambda _: _fit(folder, overrides, seconds))
