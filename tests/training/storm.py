@@ -6,6 +6,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,35 +17,44 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from toy_run import numbers, start, start_ranks
+from toy_run import numbers, process, start, start_ranks, toy_config
 
 from vlpfast.training import checkpoint
 
-HANGS = 40  # seconds after which a process that should have ended hangs
+HANGS = 120  # seconds after which a process that should have ended hangs
 
 
 def storm(
-    folder: Path, kills: int, ranks: int, seed: int, *overrides: str, say: Callable[[str], None] = lambda text: None, **how: Any
+    folder: Path,
+    kills: int,
+    ranks: int,
+    seed: int,
+    *overrides: str,
+    seconds: float,
+    torchrun: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Kills one process of a run, `kills` times: at a random moment, or while a checkpoint is being written.
 
     After each kill the others have to end by themselves, and every checkpoint that is not named .tmp has to be whole. Runs that
     came to their end are compared with one that was not broken; then another one begins, until there were enough kills.
-    overrides, how: as toy_run.start takes them. -> what was met. AssertionError: a promise is broken; names the seed.
+    seconds: how long each batch takes. torchrun: starts the ranks, instead of this process; it ends those that a kill leaves.
+    -> what was met. AssertionError: a promise is broken; names the seed.
     """
+    begin = partial(_by_torchrun if torchrun else _begin, ranks=ranks, overrides=overrides, seconds=seconds)
     draws, met = random.Random(seed), Counter()
-    unbroken = _begin(folder / "whole", ranks, overrides, how)
+    unbroken = begin(folder / "whole")
     began = time.perf_counter()
-    assert _ended(unbroken, folder / "whole") == [0] * ranks, _said(folder / "whole")
+    assert _ended(unbroken, folder / "whole") == [0] * len(unbroken), _said(folder / "whole")
     usual, steps = time.perf_counter() - began, _newest(folder / "whole")
     while met["kills"] < kills:
         broken = folder / f"broken-{met['runs']}"
         met["runs"] += 1
-        codes: list[int] = []
-        while codes != [0] * ranks:
+        finished = False
+        while not finished:
             before, newest = _half_written(broken), _newest(broken)
-            processes = _begin(broken, ranks, overrides, how)
-            victim = draws.choice(processes)
+            processes = begin(broken)
+            victim = draws.randrange(ranks)
             if met["kills"] < kills:
                 # Two of three kills wait for one more checkpoint, so that the run gets on; the others come at any moment.
                 if draws.random() < 2 / 3:
@@ -52,35 +63,65 @@ def storm(
                 saving = partial(_is_saving, broken, before | _half_written(broken)) if at_save else lambda: False
                 _wait(processes, saving, usual if at_save else draws.uniform(0, usual / 3))
                 time.sleep(draws.uniform(0, 0.01) if at_save else 0)
-                victim.kill()
+                _kill(broken, processes, victim)
             codes = _ended(processes, broken)
             _look(broken, met)
-            if victim.exitcode == -signal.SIGKILL:
+            finished = not any(codes)
+            if met["kills"] < kills and not finished:
+                assert -signal.SIGKILL in codes or "Signal 9 (SIGKILL)" in _said(broken), f"seed {seed}: {codes}: {_said(broken)}"
+                assert 0 not in codes or _newest(broken) == steps, f"seed {seed}: {codes}: one ended as if nothing had happened"
                 met["kills"] += 1
                 say(f"kill {met['kills']} of {kills}: run {met['runs']}, after step {len(_lines(broken))}")
-                assert 0 not in codes or _newest(broken) == steps, f"seed {seed}: {codes}: one ended as if nothing had happened"
             else:
-                assert codes == [0] * ranks, f"seed {seed}: {codes}: {_said(broken)}"
+                assert finished, f"seed {seed}: {codes}: {_said(broken)}"
         assert numbers(broken) == numbers(folder / "whole"), f"seed {seed}: {broken} has other metrics"
         assert _model(broken) == _model(folder / "whole"), f"seed {seed}: {broken} came to another model"
     return {"seed": seed, "ranks": ranks, "overrides": list(overrides), "steps": steps, **met}
 
 
-def _begin(folder: Path, ranks: int, overrides: Sequence[str], how: dict[str, Any]) -> list[BaseProcess]:
-    for old in folder.glob("log*"):
-        old.unlink()
+def _begin(folder: Path, ranks: int, overrides: Sequence[str], seconds: float) -> list[BaseProcess]:
+    _forget(folder)
     if ranks == 1:
-        return [start(folder, *overrides, **how)]
-    processes = start_ranks(folder, ranks, *overrides, **how)
+        return [start(folder, *overrides, seconds=seconds)]
+    processes = start_ranks(folder, ranks, *overrides, seconds=seconds)
     # They have met: without torchrun, one that waits there for a dead one does so for train.timeout_minutes.
     _wait(processes, lambda: "parameters" in _said(folder), HANGS)
     return processes
 
 
+def _by_torchrun(folder: Path, ranks: int, overrides: Sequence[str], seconds: float) -> list[BaseProcess]:
+    folder.mkdir(exist_ok=True)
+    toy_config(folder)
+    _forget(folder)
+    (folder / "log-torchrun").touch()
+    return [process(_run_torchrun, folder, ranks, overrides, seconds)]
+
+
+def _run_torchrun(folder: Path, ranks: int, overrides: Sequence[str], seconds: float) -> None:
+    script = Path(__file__).parent / "toy_run.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
+    with open(folder / "log-torchrun", "w") as log:
+        sys.exit(subprocess.run([*command, str(folder), str(seconds), *overrides], stderr=log).returncode)
+
+
+def _forget(folder: Path) -> None:
+    for old in (*folder.glob("log*"), *folder.glob("pid-*")):
+        old.unlink()
+
+
+def _kill(folder: Path, processes: list[BaseProcess], rank: int) -> None:
+    if not (folder / "log-torchrun").exists():
+        processes[rank].kill()
+        return
+    _wait(processes, (folder / f"pid-{rank}").exists, HANGS)
+    with suppress(ProcessLookupError, FileNotFoundError, ValueError):  # it came to its end, or has not written its number yet
+        os.kill(int((folder / f"pid-{rank}").read_text()), signal.SIGKILL)
+
+
 def _wait(processes: list[BaseProcess], done: Callable[[], bool], seconds: float) -> None:
     """At most so long, or until one ends."""
     until = time.perf_counter() + seconds
-    while time.perf_counter() < until and all(process.is_alive() for process in processes) and not done():
+    while time.perf_counter() < until and all(one.is_alive() for one in processes) and not done():
         time.sleep(0.001)
 
 
@@ -106,14 +147,14 @@ def _is_saving(folder: Path, before: set[tuple[str, int]]) -> bool:
 
 def _ended(processes: list[BaseProcess], folder: Path) -> list[int]:
     until = time.perf_counter() + HANGS
-    for process in processes:
-        process.join(max(0.0, until - time.perf_counter()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGABRT)
-            process.join(5)
-            process.kill()
+    for one in processes:
+        one.join(max(0.0, until - time.perf_counter()))
+    codes = [one.exitcode for one in processes]
+    for one in processes:
+        if one.is_alive():
+            os.kill(one.pid, signal.SIGABRT)
+            one.join(5)
+            one.kill()
     assert None not in codes, f"{codes}: a process hangs\n{_said(folder)}"
     return codes
 

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -202,7 +203,7 @@ def _train(
         os.dup2(log.fileno(), 2)
     faulthandler.enable()  # on SIGABRT it says where it was
     torch.set_num_threads(1)
-    if ranks is not None:
+    if ranks is not None and "RANK" not in os.environ:
         as_rank(*ranks)
     if kill_after:
         after_step = Toy.after_step
@@ -233,3 +234,9 @@ def _fit(folder: Path, overrides: tuple[str, ...], seconds: float) -> int:
     config = load_config(folder / "toy.yaml", [f"train.run_dir={folder / 'run'}", *overrides], lambda name: Toy)
     with joined(config.train) as world:
         return 0 if toy_trainer(config, seconds=seconds, world=world).fit() else EXIT_PREEMPTED
+
+
+if __name__ == "__main__":  # under torchrun: FOLDER SECONDS key=value ..., as storm.py starts it
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    _train(folder, tuple(sys.argv[3:]), seconds=float(sys.argv[2]), ranks=(rank, int(os.environ["WORLD_SIZE"]), 0))
