@@ -28,7 +28,7 @@ def _main(rank: int, world: int, folder: Path, backend: str, checks: Sequence[Ch
             check(rank, world)
         except Exception:
             with report.open("a") as file:
-                file.write(f"{check.__name__}, rank {rank} of {world}: {traceback.format_exc()}\n")
+                file.write(f"{getattr(check, '__name__', check)}, rank {rank} of {world}: {traceback.format_exc()}\n")
     dist.barrier()
     dist.destroy_process_group()
     with report.open("a") as file:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -157,12 +158,14 @@ class Spread:
     def begin_stage(self) -> None:
         """Once it is settled which parameters are trained."""
         if self.world.size > 1 and not self._sharded:
-            self._entry = nn.parallel.DistributedDataParallel(
+            parallel = nn.parallel.DistributedDataParallel
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(parallel).parameters else "broadcast_buffers"
+            self._entry = parallel(
                 _Entry(self.model),
                 device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
                 bucket_cap_mb=BUCKET_MIB,
-                broadcast_buffers=False,  # forward changes none
                 gradient_as_bucket_view=True,
+                **{buffers: False},  # forward changes none; the second is the first's name in older versions
             )
 
     def __call__(self, method: str, *arguments: Any) -> Any:
