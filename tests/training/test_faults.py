@@ -23,7 +23,7 @@ from vlpfast.training import checkpoint
 from vlpfast.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-KILLS = int(os.environ.get("VLPFAST_TEST_KILLS", "4"))  # in all; benchmarks/faults.py is the long form
+KILLS = int(os.environ.get("VLPFAST_TEST_KILLS", "3"))  # of one process; benchmarks/faults.py is the long form
 STEPS = ("train.steps=40", "train.checkpoint_every=3", "train.batch_size=4")
 
 
@@ -39,7 +39,7 @@ def wait_for(folder: Path, pattern: str) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_it_is_the_same_run(tmp_path: Path, ranks: int) -> None:
-    kills = KILLS // ranks
+    kills = KILLS if ranks == 1 else max(1, KILLS // 3)
     met = storm(tmp_path, kills, ranks, random.randrange(1000), *STEPS, "train.async_checkpoint=true", seconds=0.005)
     assert met["kills"] == kills and met["starts"] > kills
 
@@ -68,19 +68,19 @@ def test_killed_while_writing_in_the_background(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_full_disk_in_the_background_ends_the_run_at_the_next_step(tmp_path: Path, ranks: int) -> None:
-    settings = ("train.steps=400", "train.checkpoint_every=4", "train.async_checkpoint=true", "train.keep_checkpoints=99")
+    settings = ("train.steps=400", "train.checkpoint_every=12", "train.async_checkpoint=true")
     if ranks == 1:
-        processes = [start(tmp_path, *settings, largest_file=3000, seconds=0.05)]
+        processes = [start(tmp_path, *settings, largest_file=20_000, seconds=0.05)]
     else:
-        processes = start_ranks(tmp_path, ranks, *settings, last={"largest_file": 3000}, seconds=0.05)
+        processes = start_ranks(tmp_path, ranks, *settings, last={"largest_file": 20_000}, seconds=0.05)
     for one in processes:
         one.join(60)
     said = [path.read_text() for path in sorted(tmp_path.glob("log*"))]
     assert [one.exitcode for one in processes] == [2] * ranks, said
-    assert "step-00000004 could not be saved: " in said[-1] and "File too large; the earlier checkpoints" in said[-1]
+    assert "step-00000012 could not be saved: " in said[-1] and "File too large; the earlier checkpoints" in said[-1]
     assert not any("Traceback" in text for text in said) and (ranks == 1 or "error:" not in said[0])  # one says it
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
-    assert 4 <= len(numbers(tmp_path)) <= 30  # long before the end
+    assert 12 <= len(numbers(tmp_path)) < 24  # it does not wait for the next checkpoint
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
