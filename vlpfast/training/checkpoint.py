@@ -24,7 +24,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,18 +88,28 @@ def _find_newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside(folder: Path, newest: Path | None) -> None:
-    """Removes half-written checkpoints and renames damaged ones newer than `newest` to *.damaged, out of the way of new ones."""
+    """Removes half-written and half-removed checkpoints, and renames damaged ones newer than `newest` to *.damaged, out of the
+    way of new ones."""
     on_first(lambda: _set_aside(folder, newest))
 
 
 def _set_aside(folder: Path, newest: Path | None) -> None:
-    for path in folder.glob("step-*.tmp"):
+    for path in (*folder.glob("step-*.tmp"), *folder.glob("step-*.old")):
         shutil.rmtree(path)
     for _, path in _finished(folder):
         if path == newest:
             return
         shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
         path.rename(path.with_suffix(".damaged"))
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: what a kill leaves of it must not look like a checkpoint."""
+    old = path.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # the new checkpoint is there, which counts
+        path.rename(old)
+        shutil.rmtree(old)
 
 
 def damaged(path: Path) -> str:
@@ -240,7 +250,7 @@ def write(
         os.rename(aside, final)
         _sync_folder(folder)
         for _, old in _finished(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
     try:
         on_first(make_aside, group)
