@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,18 +46,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     # A run that moved to another number of GPUs starts the others from their seeds.
     for index, cuda in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(_from_hex(cuda), index)
-
-
-def restore(states: Sequence[dict[str, Any]], rank: int, world_size: int, seed: int, step: int) -> None:
-    """Puts back this process's generators from those of all processes that saved.
-
-    With another number of processes than then, numbers would be drawn twice or never: each starts from a seed of its own, a
-    function of (seed, step, rank, world_size).
-    """
-    if len(states) == world_size:
-        set_rng_state(states[rank])
-    else:
-        seed_everything(int(np.random.SeedSequence([seed, step, rank, world_size]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def _to_hex(state: torch.Tensor) -> str:
