@@ -86,7 +86,7 @@ def test_full_disk_anywhere_in_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "cure"), [(errno.EROFS, "make it writable"), (errno.EACCES, "make it writable"), (errno.EIO, "mend the disk")]
+    ("number", "cure"), [(errno.EROFS, "make it writable"), (errno.EACCES, "allow access to it"), (errno.EIO, "mend the disk")]
 )
 def test_a_disk_that_fails_later(tmp_path: Path, number: int, cure: str) -> None:
     expected = f"metrics.jsonl: {os.strerror(number)}; the checkpoints are untouched: {cure} and start again"

@@ -38,13 +38,14 @@ def has_begun(run_dir: Path) -> bool:
 
 @contextmanager
 def full_disk_named(run_dir: Path) -> Iterator[None]:
-    """Turns the system's error for a full disk, or for one that cannot be written, into a UserError."""
+    """Turns the system's error for a full disk, or one that cannot be used, into a UserError."""
     try:
         yield
     except OSError as error:
         cures = {
             **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
-            **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable"),
+            **dict.fromkeys((errno.EACCES, errno.EPERM), "allow access to it"),
+            errno.EROFS: "make it writable",
             **dict.fromkeys((errno.EIO, errno.ESTALE), "mend the disk"),
         }
         if error.errno not in cures:
