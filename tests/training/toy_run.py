@@ -86,8 +86,8 @@ class ToyLoader:
     """Endless batches that are a function of the cursor; batch `poison` (from 0) holds a NaN. Ranks share the rows of a batch."""
 
     def __init__(self, batch_size: int, poison: int = -1, seconds: float = 0.0, world: World | None = None) -> None:
-        self.world = world or World()
-        self.batch_size, self.poison, self.seconds = self.world.share(batch_size), poison, seconds
+        self._world = world or World()
+        self.batch_size, self.poison, self.seconds = self._world.share(batch_size), poison, seconds
         self.skipped: dict[str, str] = {}
         self.cursor = 0
         self.closed = False
@@ -95,12 +95,12 @@ class ToyLoader:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             generator = torch.Generator().manual_seed(self.cursor)
-            image = torch.randn(self.batch_size * self.world.size, 6, generator=generator)
+            image = torch.randn(self.batch_size * self._world.size, 6, generator=generator)
             if self.cursor == self.poison:
                 image[0, 0] = float("nan")
             self.cursor += 1
             time.sleep(self.seconds)
-            own = image[self.world.rank :: self.world.size]  # [batch_size, 6]
+            own = image[self._world.rank :: self._world.size]  # [batch_size, 6]
             yield Batch(image=own, text=own.roll(1, dims=1), index=torch.arange(self.batch_size), key=["k"] * self.batch_size)
 
     def __len__(self) -> int:
