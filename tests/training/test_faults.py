@@ -208,9 +208,9 @@ def test_nothing_that_a_checkpoint_says_is_run(tmp_path: Path, where: str) -> No
         (part,) = step.glob("*.distcp")
         trap = pickle.dumps(Trap(sprung))
         part.write_bytes(trap + part.read_bytes()[len(trap) :])
-        expected = "weights_only|Weights only|not the"
+        expected = "cannot be read: .*[Ww]eights.only"
     resealed(step)
     assert checkpoint.damaged(step) == ""
-    with pytest.raises(UserError if where != "tensor" else BaseException, match=expected):
+    with pytest.raises(UserError, match=expected):
         checkpoint.load_weights(step, trainer.model)
     assert not sprung.exists()

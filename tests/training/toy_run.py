@@ -144,7 +144,7 @@ def process(function: Callable[..., None], *arguments: Any, **named: Any) -> Bas
     here = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
     context = multiprocessing.get_context("forkserver")  # torch is imported once, by the server, not by every process
-    context.set_forkserver_preload(["toy_run"])
+    context.set_forkserver_preload(["toy_run", "torch._dynamo"])  # the latter by the first step of any optimiser
     made = context.Process(target=function, args=arguments, kwargs=named)
     made.start()
     return made

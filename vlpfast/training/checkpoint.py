@@ -307,8 +307,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 def _load_model(path: Path, model: nn.Module) -> None:
     stored = {name.removeprefix("model."): entry.size for name, entry in _stored(path) if name.startswith("model.")}
     _check_fit(path, stored, model)
-    with _one_process():
-        dcp.load(_model_tensors(model), storage_reader=Reader(path))
+    _read(path, _model_tensors(model))
 
 
 def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -326,8 +325,16 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             else:
                 tensor = torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
             optimizer.state[parameter][key] = tensors[entry_name] = tensor
-    with _one_process():
-        dcp.load(tensors, storage_reader=Reader(path))
+    _read(path, tensors)
+
+
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills the tensors, or the parts that this process has of DTensors."""
+    try:
+        with _one_process():
+            dcp.load(tensors, storage_reader=Reader(path))
+    except CheckpointException as error:  # a BaseException, which no caller expects
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
 
 
 def _stored(path: Path) -> Iterator[tuple[str, TensorStorageMetadata]]:

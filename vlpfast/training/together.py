@@ -80,4 +80,4 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return str(error) or type(error).__name__
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
