@@ -32,7 +32,7 @@ from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, P
 
 EXIT_PREEMPTED = 75  # what a command ends with after SIGTERM or SIGUSR1, the position saved: start it again to go on
 _RANK_SEEDS = 1_000_003  # between the seeds of two ranks
-ON_HOST = ("index", "crop")  # fields of a batch that stay on the CPU
+ON_HOST = ("index", "source", "crop")  # fields of a batch that stay on the CPU
 
 
 @dataclass
@@ -209,12 +209,10 @@ class Trainer:
 
     def _go_on(self, loader: Loader, processes: list[dict[str, Any]]) -> None:
         """processes: what each rank of the run that saved had."""
-        if len(processes) == self.world.size:
-            loader.load_state_dict(processes[self.world.rank]["loader"])
+        states = [process["loader"] for process in processes]
+        loader.load_state_dict(states[self.world.rank] if len(states) == self.world.size else states)
+        if self.world.rank < len(processes):  # a rank that is new has drawn nothing yet
             set_rng_state(processes[self.world.rank]["rng"])
-            return
-        # TODO positions of another number of ranks
-        raise UserError(f"the checkpoint was saved by {len(processes)} ranks, this run has {self.world.size}")
 
     def _steps(self, name: str, stage: Stage, steps: int, loader: Loader) -> None:
         train, position = self.config.train, self.position
