@@ -14,6 +14,10 @@ class UserError(Exception):
     """A mistake that the user can mend: commands print its message alone, without a traceback, and exit with 2."""
 
 
+class PeerError(UserError):
+    """The mistake of another process of the same run, which says it: this one ends with 2 and without a word."""
+
+
 class Batch(TypedDict, total=False):
     """One batch, as every loader yields it and every model's forward takes it. Fields a model does not ask for are absent."""
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from vlpfast.cli._run import run
 
@@ -55,9 +53,7 @@ def main(argv: list[str]) -> int:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return 0
-    with joined(config.train) as world, ExitStack() as stack:
-        run_dir = Path(config.train.run_dir)
-        world.in_turn(lambda: stack.enter_context(run_folder.opened(config)) if world.is_first else None)
+    with joined(config.train) as world, run_folder.opened(config) as run_dir:
         sources = world.in_turn(lambda: assemble.prepare_data(config))
         tokenizer = world.in_turn(lambda: assemble.build_tokenizer(config, sources, run_dir, world.is_first))
         model = assemble.build_model(config)

@@ -87,6 +87,7 @@ class TrainConfig:
     deterministic: bool = False  # deterministic algorithms on a GPU too: slower, and a resumed run is equal bit for bit there
     checkpoint_every: int = 500  # steps; 0: only at the end
     keep_checkpoints: int = 2
+    async_checkpoint: bool | None = None  # written while training goes on, from a copy in host memory; null: on a GPU
     max_nonfinite: int = 10  # steps skipped for a loss or gradient that is not finite before the run stops
     log_seconds: float = 10.0  # between lines where stderr is no terminal
     tensorboard_every: int = 10  # steps; 0: none
@@ -143,6 +144,7 @@ MAY_CHANGE = (
     "train.device",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.async_checkpoint",
     "train.max_nonfinite",
     "train.log_seconds",
     "train.tensorboard_every",

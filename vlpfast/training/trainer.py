@@ -26,6 +26,7 @@ from vlpfast.training.parallel import Spread, World
 from vlpfast.training.precision import use_bfloat16
 from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
+from vlpfast.training.saver import Saver
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
 from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, SplitsContrastive, UserError
 
@@ -116,7 +117,7 @@ class Trainer:
     def _fit(self) -> bool:
         folder = self.run_dir / "checkpoints"
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        newest, notes = self.world.in_turn(lambda: _find_checkpoint(folder))
+        newest, notes = checkpoint.find_newest(folder)
         stages = self.config.stage_list()
         names = [name for name, _ in stages]
         state = None
@@ -125,6 +126,7 @@ class Trainer:
             self.position = Position(**state["position"])
             if self.position.stage not in names:
                 raise UserError(f"{newest} was saved in stage {self.position.stage!r}; the configuration has {', '.join(names)}")
+        checkpoint.set_aside(folder, newest)
         self._saved_step = start = self.position.step
         first = names.index(self.position.stage) if state else 0
         for name, stage in stages[:first]:  # a stage without a mode keeps that of the stage before
@@ -140,6 +142,9 @@ class Trainer:
             self._evaluations = JsonLines(self.run_dir / "evaluation.jsonl", lambda line: line["step"] <= evaluated)
             self._board = TensorBoard(self.run_dir / "tensorboard", self.config.train.tensorboard_every, start)
             self._display = Display(start, self._total, self.config.train.log_seconds)
+        chosen = self.config.train.async_checkpoint
+        in_background = self.device.type == "cuda" if chosen is None else chosen
+        self._saver = Saver(folder, self.config.train.keep_checkpoints, in_background)
         try:
             for note in notes:
                 self._display.say(note)
@@ -147,10 +152,12 @@ class Trainer:
             for index in range(first, len(stages)):
                 if not self._run_stage(index, *stages[index], state if index == first else None, newest):
                     return False
+            self._saver.wait()
             checkpoint.export(self.model, self.run_dir / "model.safetensors")
             self._evaluate()
             return True
         finally:
+            self._saver.close()
             for output in (self._display, self._board, self._metrics, self._evaluations):
                 output.close()
 
@@ -195,6 +202,7 @@ class Trainer:
         finally:
             loader.close()
         if self._stopped:
+            self._saver.wait()
             kind = self._received[0].name if self._received else "another rank was told to stop"
             self._display.say(f"{kind}: stopped after step {position.step} and saved; start again with this run folder to go on")
         return not self._stopped
@@ -231,7 +239,8 @@ class Trainer:
             mark = now
             self._taken.append(taken)
             self._write_taken(lag)
-            self._stopped |= self.world.size == 1 and bool(self._received)  # many ranks stop at the same step: see _write_taken
+            # Many ranks stop at the same step: see _write_taken.
+            self._stopped |= self.world.size == 1 and (bool(self._received) or self._saver.failed)
             due = position.step < self._total
             if due and self.config.evaluation.every and position.step % self.config.evaluation.every == 0:
                 self._write_taken(0)
@@ -269,7 +278,7 @@ class Trainer:
         numbers = {"loss": loss, "grad_norm": norm, **{f"losses.{key}": value for key, value in losses.items()}}
         if isinstance(getattr(model, "logit_scale", None), Tensor):
             numbers["logit_scale"] = model.logit_scale.exp()
-        numbers["stop"] = loss.new_full((), float(bool(self._received)))
+        numbers["stop"] = loss.new_full((), float(bool(self._received) or self._saver.failed))
         values = self.world.mean(torch.stack([value.detach().float() for value in numbers.values()]))
         on_host = torch.empty(values.shape, pin_memory=self.device.type == "cuda").copy_(values, non_blocking=True)
         finite = torch.isfinite(values[:2]).all()
@@ -342,9 +351,7 @@ class Trainer:
             "model": self._described,
             "processes": self.world.gather({"rng": rng_state(), "loader": loader.state_dict()}),
         }
-        train = self.config.train
-        folder = self.run_dir / "checkpoints"
-        checkpoint.save(folder, self.position.step, self.model, self._optimizer, state, train.keep_checkpoints)
+        self._saver.save(self.position.step, self.model, self._optimizer, state)
         self._saved_step = self.position.step
 
 
@@ -355,12 +362,6 @@ class _Silent:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None
-
-
-def _find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    newest, notes = checkpoint.find_newest(folder)
-    checkpoint.set_aside(folder, newest)
-    return newest, notes
 
 
 @contextmanager
