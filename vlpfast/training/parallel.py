@@ -7,7 +7,6 @@ Every rank trains on its share of the batch; losses are written so that their me
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlpfast.training.config import TrainConfig
 from vlpfast.training.precision import choose_device, use_bfloat16
+from vlpfast.training.together import on_first
 from vlpfast.types import UserError
 
 T = TypeVar("T")
@@ -48,14 +48,6 @@ class World:
             raise UserError(f"train.batch_size: expected a multiple of the {self.size} ranks, got {batch_size}")
         return batch_size // self.size
 
-    def gather(self, value: Any) -> list[Any]:
-        """Plain JSON values of all ranks, by rank."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, json.dumps(value))
-        return [json.loads(text) for text in found]
-
     def mean(self, values: Tensor) -> Tensor:
         """Over ranks; where one is not finite, not finite on all."""
         if self.size > 1:
@@ -64,26 +56,10 @@ class World:
         return values
 
     def in_turn(self, make: Callable[[], T]) -> T:
-        """make() on the first rank, then on all others: files that it leaves are there for them.
-
-        A UserError of the first rank is raised there, and ends the others without a word.
-        """
-        result, problem = None, None
-        if self.is_first:
-            try:
-                result = make()
-            except UserError as error:
-                if self.size == 1:
-                    raise
-                problem = error
-        if self.size > 1:
-            failed = [problem is not None]
-            dist.broadcast_object_list(failed, src=0)
-            if problem is not None:
-                raise problem
-            if failed[0]:
-                raise SystemExit(2)
-        return result if self.is_first else make()
+        """make() on the first rank, then on all others: files that it leaves are there for them. Raises on all or on none."""
+        made: list[T] = []
+        on_first(lambda: made.append(make()))
+        return made[0] if self.is_first else make()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
 from vlpfast.training.saver import Saver
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
+from vlpfast.training.together import on_all
 from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, SplitsContrastive, UserError
 
 EXIT_PREEMPTED = 75  # what a command ends with after SIGTERM or SIGUSR1, the position saved: start it again to go on
@@ -349,7 +350,7 @@ class Trainer:
         state = {
             "position": asdict(self.position),
             "model": self._described,
-            "processes": self.world.gather({"rng": rng_state(), "loader": loader.state_dict()}),
+            "processes": on_all(lambda: {"rng": rng_state(), "loader": loader.state_dict()}),
         }
         self._saver.save(self.position.step, self.model, self._optimizer, state)
         self._saved_step = self.position.step
