@@ -566,3 +566,12 @@ def make_two(members: dict[str, bytes]) -> bytes:
         info.size = len(content)
         out += info.tobuf() + content + bytes(-len(content) % 512)
     return out
+
+
+def test_shards_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        with ShardWriter(tmp_path / folder, "train") as writer:
+            writer.write("0", {"txt": folder.encode()})
+    both = ShardSet([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [both.name(i) for i in range(2)] == [os.path.join("a", "train-000000.tar:0"), os.path.join("b", "train-000000.tar:0")]
+    assert ShardSet(str(tmp_path / "b")).name(0) == "train-000000.tar:0"

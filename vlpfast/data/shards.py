@@ -212,6 +212,10 @@ class ShardSet:
 
     def _fill(self, shards: list[str], tables: list[_tar.Shard], threads: int) -> None:
         self.shards, self._threads = shards, threads
+        self._names = [os.path.basename(shard) for shard in shards]
+        if len(set(self._names)) < len(shards):
+            whole = [os.path.abspath(shard) for shard in shards]
+            self._names = [os.path.relpath(shard, os.path.commonpath(whole)) for shard in whole]
         self.shard_sizes = np.array([len(table.sample_ends) for table in tables], np.int64)  # [S]
         self._shard_ends = np.cumsum(self.shard_sizes)  # [S]
         self._file_sizes = [table.file_size for table in tables]
@@ -248,8 +252,8 @@ class ShardSet:
         return self._keys[start:end].decode("utf-8", "backslashreplace")
 
     def name(self, i: int) -> str:
-        """`shard.tar:key`, for messages."""
-        return f"{os.path.basename(self.shards[int(np.searchsorted(self._shard_ends, i, 'right'))])}:{self.key(i)}"
+        """`shard.tar:key`, for messages; as much of the shard's path as tells it from the others of the set."""
+        return f"{self._names[int(np.searchsorted(self._shard_ends, i, 'right'))]}:{self.key(i)}"
 
     def extensions(self, i: int) -> tuple[str, ...]:
         start, end = self._bounds(self._ends, i)
