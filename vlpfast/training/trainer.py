@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,15 @@ from torch import Tensor, nn
 
 from vlpfast.training import checkpoint
 from vlpfast.training.config import RunConfig, Stage, to_dict
-from vlpfast.training.metrics import Display, JsonLines, TensorBoard
+from vlpfast.training.flops_count import Speed
+from vlpfast.training.metrics import Display, JsonLines, TensorBoard, WeightsAndBiases
 from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 from vlpfast.training.precision import use_bfloat16
+from vlpfast.training.profiling import Profiler
 from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
+from vlpfast.training.timing import Marks, peak_memory
 from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, UserError
 
 EXIT_PREEMPTED = 75  # what a command ends with after SIGTERM or SIGUSR1, the position saved: start it again to go on
@@ -48,7 +50,7 @@ class _Taken:
     record: dict[str, Any]
     names: list[str]
     values: Tensor  # [len(names)] float32 on the host
-    marks: list[Any]  # before forward, backward, optimiser; after it
+    marks: Marks
     batch: Batch
 
 
@@ -58,6 +60,7 @@ class Trainer:
     loader_for_stage(name, stage) opens the training batches of a stage; the trainer closes them.
     on_evaluate(step) -> metrics; called with the model in evaluation mode every evaluation.every steps and at the end. The random
     numbers it uses are not missing in the training.
+    profiler: told of every step; it chooses those that it looks at.
 
     A step whose loss or gradient norm is not finite changes no parameter and no optimiser state: the optimiser learns of it
     from a flag on the device, so a GPU is never waited for. Its numbers are read at once on a CPU, one step later on a GPU, and
@@ -75,18 +78,21 @@ class Trainer:
         loader_for_stage: Callable[[str, Stage], Loader],
         device: torch.device,
         on_evaluate: Callable[[int], dict[str, float]] | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         self.config = config
         self.model = model.to(device)
         self.loader_for_stage = loader_for_stage
         self.device = device
         self.on_evaluate = on_evaluate
+        self.profiler = profiler
         self.run_dir = Path(config.train.run_dir)
         self.position = Position()
         self._offered = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._described = to_dict(config)["model"]
         self._bf16 = use_bfloat16(config.train.precision, device)
         self._saved_step = 0
+        self._speed = Speed(model, device, torch.bfloat16 if self._bf16 else None)
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -128,7 +134,9 @@ class Trainer:
         self._evaluations = JsonLines(self.run_dir / "evaluation.jsonl", lambda line: line["step"] <= evaluated)
         self._board = TensorBoard(self.run_dir / "tensorboard", self.config.train.tensorboard_every, start)
         self._display = Display(start, self._total, self.config.train.log_seconds)
+        self._wandb = None
         try:
+            self._wandb = WeightsAndBiases(self.config.train.wandb, self.run_dir, to_dict(self.config))
             for note in notes:
                 self._display.say(note)
             self._say_start(newest)
@@ -139,8 +147,9 @@ class Trainer:
             self._evaluate()
             return True
         finally:
-            for output in (self._display, self._board, self._metrics, self._evaluations):
-                output.close()
+            for output in (self._display, self._board, self._metrics, self._evaluations, self._wandb):
+                if output is not None:
+                    output.close()
 
     def _say_start(self, newest: Path | None) -> None:
         count = sum(parameter.numel() for parameter in self.model.parameters())
@@ -198,13 +207,21 @@ class Trainer:
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
-            taken = self._step(batch, name, stage, Progress(position.stage_step, steps))
+            progress = Progress(position.stage_step, steps)
+            if uncounted := self._speed.stage != name:
+                self._speed.begin_stage(name, stage, batch, progress)
+                mark = time.perf_counter() - waited
+            taken = self._step(batch, name, stage, progress)
+            if uncounted:
+                self._display.say(self._speed.keep(self.run_dir, train.batch_size))
             position.step += 1
             position.stage_step += 1
             now = time.perf_counter()
             taken.record.update(
                 epoch=position.stage_step / len(loader),
                 samples_per_s=train.batch_size / (now - mark),
+                **self._speed.of_step(now - mark),
+                memory_bytes=peak_memory(self.device),
                 data_wait=waited / (now - mark),
                 seconds={"data": waited},
                 skipped_samples=len(loader.skipped),
@@ -212,6 +229,9 @@ class Trainer:
             mark = now
             self._taken.append(taken)
             self._write_taken(lag)
+            if self.profiler is not None:
+                self.profiler.step()
+                mark = time.perf_counter()  # writing its files is no part of a step
             due = position.step < self._total
             if due and self.config.evaluation.every and position.step % self.config.evaluation.every == 0:
                 self._write_taken(0)
@@ -223,21 +243,23 @@ class Trainer:
 
     def _step(self, batch: Batch, name: str, stage: Stage, progress: Progress) -> _Taken:
         model, optimizer, train = self.model, self._optimizer, self.config.train
+        marks = Marks(self.device)
         batch = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
             for key, value in batch.items()
         }
+        marks.passed("transfer")
         lr = learning_rate(progress.step, progress.steps, train)
         set_learning_rate(optimizer, lr)
         if isinstance(model, BeforeStep):
             model.before_step(progress.step)
-        marks = [_mark(self.device)]
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            losses = model(batch, progress)
-            loss = weighted_sum(losses, stage.losses, name)
-        marks.append(_mark(self.device))
-        loss.backward()
-        marks.append(_mark(self.device))
+        with self._speed.counting():
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+                losses = model(batch, progress)
+                loss = weighted_sum(losses, stage.losses, name)
+            marks.passed("forward")
+            loss.backward()
+        marks.passed("backward")
         norm = gradient_norm(model, train.clip_grad_norm)
         numbers = {"loss": loss, "grad_norm": norm, **{f"losses.{key}": value for key, value in losses.items()}}
         if isinstance(getattr(model, "logit_scale", None), Tensor):
@@ -250,7 +272,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         if isinstance(model, AfterStep) and finite:
             model.after_step()
-        marks.append(_mark(self.device))
+        marks.passed("optimizer")
         record = {"step": self.position.step + 1, "stage": name, "lr": lr}
         return _Taken(record, list(numbers), on_host, marks, batch)
 
@@ -258,17 +280,19 @@ class Trainer:
         """Writes the steps taken but for the newest `leave`, whose numbers may not have arrived."""
         while len(self._taken) > leave:
             taken = self._taken.popleft()
-            times = _durations(taken.marks)
             values = dict(zip(taken.names, taken.values.tolist(), strict=True))
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             self.position.nonfinite += not finite
             losses = {key.removeprefix("losses."): values.pop(key) for key in taken.names if key.startswith("losses.")}
             record = {**taken.record, **values, "losses": losses, "nonfinite_steps": self.position.nonfinite}
-            record["seconds"].update(zip(("forward", "backward", "optimizer"), times, strict=True))
+            record["seconds"].update(taken.marks.seconds())
+            if self.profiler is not None:
+                self.profiler.write(record)
             self._metrics.write(record)
             self._display.step(record, self.config.train.batch_size)
             if self._board.every and record["step"] % self._board.every == 0:
                 self._board.write(record["step"], {key: value for key, value in record.items() if key != "step"})
+            self._wandb.write(record["step"], {key: value for key, value in record.items() if key != "step"})
             if not finite:
                 self._keep_nonfinite(record, taken.batch)
 
@@ -296,6 +320,7 @@ class Trainer:
         set_rng_state(state)
         self._evaluations.write({"step": self.position.step, **metrics})
         self._board.write(self.position.step, metrics, "evaluation")
+        self._wandb.write(self.position.step, metrics, "evaluation")
 
     def _save(self, loader: Loader) -> None:
         self._write_taken(0)
@@ -325,20 +350,3 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
-
-
-def _mark(device: torch.device) -> Any:
-    """A moment in the device's own time: reading it never waits for a GPU."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _durations(marks: list[Any]) -> list[float]:
-    """Seconds between marks, once the device is past the last one."""
-    if isinstance(marks[0], float):
-        return [after - before for before, after in pairwise(marks)]
-    marks[-1].synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
