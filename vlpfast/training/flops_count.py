@@ -150,7 +150,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
         name = torch.cuda.get_device_name(device)
         known = next((rates for part, rates in _DATA_SHEETS.items() if part in name), None)
         if known is not None:
-            tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+            tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
             kind = 1 if tf32 else 2 if dtype == torch.float32 else 0
             return Peak(known[kind] * 1e12, f"{name}, data sheet, {('half precision', 'TF32', 'fp32')[kind]}")
     return _measured(device, dtype)
