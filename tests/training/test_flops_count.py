@@ -143,7 +143,9 @@ def test_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     facts = json.loads((tmp_path / "run" / "speed.json").read_text())
     assert {name: stage["flops_per_sample"] * 8 for name, stage in facts.items()} == {"a": 2 * forward, "b": 1.5 * forward}
     said = capsys.readouterr().err
-    assert "stage a: 768 FLOP a sample, forward and backward, counted by shapes; peak 1 MFLOP/s (made up for torch.float32)" in said
+    assert (
+        "stage a: 768 FLOP a sample, forward and backward, counted by shapes; peak 1 MFLOP/s (made up for torch.float32)" in said
+    )
     assert "  MFU " in said
 
 
@@ -171,7 +173,7 @@ def test_half_precision_is_measured_against_its_own_peak(clip: CLIP, monkeypatch
 
 def test_peak_of_a_cpu_is_measured() -> None:
     found = peak(CPU, torch.float32)
-    assert 1e9 < found.flops_per_s < 1e14 and "a product of 1,024 x 1,024 in float32, measured here, 1 threads" == found.source
+    assert 1e9 < found.flops_per_s < 1e14 and found.source == "a product of 1,024 x 1,024 in float32, measured here, 1 threads"
     assert peak(CPU, torch.float32) is found
 
 

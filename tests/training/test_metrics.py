@@ -108,7 +108,9 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         toy_trainer(config, on_evaluate=lambda step: {"m": step}).fit()
     first, second = fake.began
     assert first["project"] == "pictures" and first["name"] == "run" and first["config"]["model"]["inputs"] == 6
-    assert first["id"] == second["id"] and len(first["id"]) == 32 and second["resume"] == "allow"  # one run, however often started
+    assert (
+        first["id"] == second["id"] and len(first["id"]) == 32 and second["resume"] == "allow"
+    )  # one run, however often started
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     training = [(step, values) for step, values in fake.logged if "train/loss" in values]
     assert [step for step, _ in training] == [1, 2, 3]
