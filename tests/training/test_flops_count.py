@@ -15,6 +15,7 @@ from vlpfast.ops.flops import FlopCounterMode
 from vlpfast.training import flops_count
 from vlpfast.training.config import Stage
 from vlpfast.training.flops_count import Skeleton, Speed, peak, prefixed
+from vlpfast.training.parallel import World
 from vlpfast.training.trainer import Trainer
 from vlpfast.types import Batch, Progress
 
@@ -116,7 +117,7 @@ def test_what_shapes_do_not_tell_is_counted_as_the_first_step_is_taken(
         (tmp_path / name).mkdir()
         config = toy_config(tmp_path / name, "train.steps=3")
         torch.manual_seed(0)
-        Trainer(config, model_class(config.model.config), lambda *_: ToyLoader(8), CPU).fit()
+        Trainer(config, model_class(config.model.config), lambda *_: ToyLoader(8), World()).fit()
         found[name] = lines(tmp_path / name)
     assert [line["flops"] for line in found["taken"]] == [line["flops"] for line in found["by_shapes"]]
     assert [line["loss"] for line in found["taken"]] == [line["loss"] for line in found["by_shapes"]]  # counting changes nothing
@@ -158,7 +159,7 @@ def test_a_model_without_products_has_no_mfu(tmp_path: Path, capsys: pytest.Capt
         def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
             return {"sum": (self.weight * batch["image"]).sum()}
 
-    Trainer(toy_config(tmp_path, "train.steps=2"), Sum(), lambda *_: ToyLoader(8), CPU).fit()
+    Trainer(toy_config(tmp_path, "train.steps=2"), Sum(), lambda *_: ToyLoader(8), World()).fit()
     assert all("mfu" not in line and "flops" not in line for line in lines(tmp_path))
     assert "MFU" not in capsys.readouterr().err
 

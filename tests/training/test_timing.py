@@ -31,7 +31,11 @@ def test_waiting_is_split_off() -> None:
     marks.passed("backward")
     marks.waited(None)
     whole = marks.seconds()["backward"]
-    marks.waited(arrived)
+    last = LastGradient(nn.Linear(2, 2), CPU)
+    marks.waited(last)  # no gradient has come yet
+    assert list(marks.seconds()) == ["backward"]
+    last.moment = arrived
+    marks.waited(last)
     marks.passed("optimizer")
     found = marks.seconds()
     assert list(found) == ["backward", "communication", "optimizer"]

@@ -25,6 +25,7 @@ from vlpfast.evaluation.retrieval import retrieval
 from vlpfast.evaluation.zero_shot import class_embeddings, zero_shot
 from vlpfast.training import config as settings
 from vlpfast.training.config import DataConfig, RunConfig, Stage
+from vlpfast.training.parallel import World
 from vlpfast.training.rng import seed_everything
 from vlpfast.training.run_folder import has_begun
 from vlpfast.types import DataSpec, Loader, Tokenizer, UserError
@@ -91,20 +92,22 @@ def prepare_data(config: RunConfig, data: DataConfig | None = None) -> Sources:
 
 
 def open_loader(
-    config: RunConfig, sources: Sources, tokenizer: Tokenizer | None, device: torch.device, name: str, stage: Stage
+    config: RunConfig, sources: Sources, tokenizer: Tokenizer | None, world: World, name: str, stage: Stage
 ) -> Loader:
-    """The training batches of a stage."""
+    """The training batches of a stage for one rank."""
     data = settings.stage_data(config, name, stage)
     patterns = sources.train if data == config.data else prepare_data(config, data).train
     return make_loader(
         patterns,
         data_spec(config),
         tokenizer,
-        config.train.batch_size,
+        world.share(config.train.batch_size),
         train=True,
         seed=config.train.seed,
+        rank=world.rank,
+        world_size=world.size,
         backend=data.loader,
-        device=device,
+        device=world.device,
         threads=data.threads,
         window=data.window,
     )
@@ -114,15 +117,15 @@ def data_spec(config: RunConfig) -> DataSpec:
     return config.model.config.data
 
 
-def build_tokenizer(config: RunConfig, sources: Sources, run_dir: Path) -> Tokenizer | None:
+def build_tokenizer(config: RunConfig, sources: Sources, run_dir: Path, first: bool = True) -> Tokenizer | None:
     """The run's tokenizer, kept as run_dir/tokenizer.json: data.tokenizer, or one trained on the training captions.
 
-    None for a model without text. UserError: its ids do not fit the model.
+    first: False reads what another process has kept. None for a model without text. UserError: its ids do not fit the model.
     """
     if data_spec(config).text is None:
         return None
     text, kept = config.model.config.text, run_dir / "tokenizer.json"
-    if has_begun(run_dir) and kept.exists():
+    if not first or (has_begun(run_dir) and kept.exists()):
         tokenizer = load_tokenizer(kept)
     else:
         if config.data.tokenizer:
@@ -163,10 +166,14 @@ def evaluate(
     sources: Sources,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Evaluation:
     """Retrieval over the held-out pairs and, where classes are known, zero-shot classification.
 
-    progress(batches done, batches in all) is called during each of the two passes.
+    progress(batches done, batches in all) is called during each of the two passes. Of several ranks each encodes its share, and
+    all have the result.
     """
     if not sources.heldout:
         raise UserError("data.heldout: nothing to evaluate, expected patterns of tar files")
@@ -174,11 +181,12 @@ def evaluate(
     def loader(patterns: list[str], with_meta: bool) -> Loader:
         data, size = config.data, config.evaluation.batch_size
         options = {"backend": data.loader, "device": device, "threads": data.threads, "with_meta": with_meta}
+        options |= {"rank": rank, "world_size": ranks}
         return make_loader(patterns, data_spec(config), tokenizer, size, train=False, **options)
 
     batches = loader(sources.heldout, False)
     try:
-        features = encode_pairs(model, batches, device, progress)
+        features = encode_pairs(model, batches, device, progress, ranks)
     finally:
         batches.close()
     ranked = retrieval(features.image, features.text)
@@ -187,7 +195,7 @@ def evaluate(
     if classes is not None:
         batches = loader(classes.patterns, True)
         try:
-            features = encode_images(model, batches, device, progress)
+            features = encode_images(model, batches, device, progress, ranks)
         finally:
             batches.close()
         labels = [_label(record, classes, key) for record, key in zip(features.meta, features.keys, strict=True)]

@@ -58,7 +58,8 @@ class DataConfig:
 class TrainConfig:
     run_dir: str = "runs/train"  # everything about the run; starting again with the same folder goes on where it stopped
     steps: int = 1_000
-    batch_size: int = 256
+    batch_size: int = 256  # of all ranks together
+    micro_batch: int = 0  # samples that each rank encodes at a time, under one loss of the whole batch; 0: all at once
     seed: int = 0
     lr: float = 1e-3
     warmup_steps: int = 100  # linear, from lr / warmup_steps
@@ -69,7 +70,10 @@ class TrainConfig:
     clip_grad_norm: float = 1.0  # 0: no clipping
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it natively
     device: str = "auto"  # auto: the GPU where there is one
-    compile: bool = False  # torch.compile
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # of many ranks: all of the model on each, or a part of it
+    activation_checkpointing: bool = False  # recompute each block's activations in the backward
+    compile: Literal["none", "block", "step"] = "none"  # torch.compile: each repeated block, or the model's whole forward
+    timeout_minutes: float = 10.0  # after which a rank that waits for another gives up
     deterministic: bool = False  # deterministic algorithms on a GPU too: slower, and a resumed run is equal bit for bit there
     checkpoint_every: int = 500  # steps; 0: only at the end
     keep_checkpoints: int = 2
@@ -123,6 +127,10 @@ class RunConfig:
 MAY_CHANGE = (
     "train.run_dir",
     "train.steps",
+    "train.micro_batch",
+    "train.strategy",
+    "train.activation_checkpointing",
+    "train.timeout_minutes",
     "train.device",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -296,12 +304,13 @@ def _one_line(error: Exception) -> str:
 
 
 _POSITIVE = {
-    "train": ["steps", "batch_size", "lr", "eps", "keep_checkpoints", "log_seconds"],
+    "train": ["steps", "batch_size", "lr", "eps", "keep_checkpoints", "log_seconds", "timeout_minutes"],
     "data": ["num_scenes", "num_heldout", "threads", "window"],
     "evaluation": ["batch_size"],
 }
 _NOT_NEGATIVE = {
     "train": [
+        "micro_batch",
         "seed",
         "warmup_steps",
         "weight_decay",

@@ -18,14 +18,15 @@ def build_optimizer(model: nn.Module, train: TrainConfig, name: str, stage: Stag
     Each group carries `factor`, its factor on the schedule's learning rate.
     """
     check_patterns(f"stages.{name}.groups", stage.groups, model)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}  # kernels take whole tensors or spread ones
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = next((group for pattern, group in stage.groups.items() if matches(parameter_name, [pattern])), Group())
             decay = train.weight_decay if group.weight_decay is None else group.weight_decay
-            groups.setdefault((group.lr, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+            key = (group.lr, decay if parameter.ndim > 1 else 0.0, is_spread(parameter))
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay), params in groups.items()],
+        [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay, _), params in groups.items()],
         lr=train.lr,
         betas=(train.betas[0], train.betas[1]),
         eps=train.eps,
@@ -52,9 +53,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def gradient_norm(model: nn.Module, max_norm: float) -> Tensor:
-    """Norm of all gradients together (0-d float32), which are then scaled to at most max_norm (0: left as they are)."""
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    """Norm of all gradients together (0-d float32), which are then scaled to at most max_norm (0: left as they are).
+
+    Of parameters that are spread over ranks it is the norm of the whole, on every rank.
+    """
+    kinds: dict[bool, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            kinds.setdefault(is_spread(parameter), []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([parameter.grad for parameter in kind]) for kind in kinds.values()]
+    norms = [norm.full_tensor() if is_spread(norm) else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for kind in kinds.values():
+            torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
     return norm
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether this rank has but a part of it (a DTensor)."""
+    return hasattr(tensor, "full_tensor")

@@ -30,11 +30,11 @@ class Marks:
         """The part that began at the last mark is over."""
         self._passed.append((part, moment(self._device)))
 
-    def waited(self, last_gradient: Any | None) -> None:
-        """What has passed since last_gradient (None: not known) of the part that has just ended was communication."""
-        if last_gradient is not None:
+    def waited(self, last: LastGradient | None) -> None:
+        """What has passed since the last gradient (None: not known) of the part that has just ended was communication."""
+        if last is not None and last.moment is not None:
             part, end = self._passed.pop()
-            self._passed += [(part, last_gradient), ("communication", end)]
+            self._passed += [(part, last.moment), ("communication", end)]
 
     def seconds(self) -> dict[str, float]:
         """By part, once the device is past the last mark."""
