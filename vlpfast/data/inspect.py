@@ -23,7 +23,7 @@ from vlpfast.data.shards import IMAGE_EXTENSIONS, ShardSet
 from vlpfast.types import UserError
 
 _BATCH = 256
-_TILE = 224  # pixels of a picture's longer side in a preview
+TILE = 224  # pixels of a picture's longer side in a preview
 _TEXT = 15  # height of a line
 _COLOURS = ("#ff2d55", "#00c853", "#2979ff", "#ff9100", "#d500f9", "#00b8d4")
 
@@ -106,7 +106,7 @@ def preview(patterns: str | Sequence[str], path: str | os.PathLike[str], *, coun
     for i, picture, text, raw in zip(chosen, pictures, texts, records, strict=True):
         record = _record(raw)
         tiles.append((_picture(picture, record), _caption(text, record) or "(no caption)", shards.name(i)))
-    content = _sheet_png(tiles) if path.suffix.lower() == ".png" else _sheet_html(tiles)
+    content = sheet_png(tiles) if path.suffix.lower() == ".png" else _sheet_html(tiles)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_bytes(content)
@@ -138,14 +138,14 @@ def _caption(text: np.ndarray | None, record: dict[str, Any]) -> str | None:
 
 
 def _picture(content: np.ndarray | None, record: dict[str, Any]) -> Image.Image:
-    """The picture with its boxes, its longer side _TILE pixels."""
+    """The picture with its boxes, its longer side TILE pixels."""
     try:
         picture = decode_rgb(b"" if content is None else content.tobytes())
     except DamagedSample as damage:
-        picture = Image.new("RGB", (_TILE, _TILE), "#cccccc")
+        picture = Image.new("RGB", (TILE, TILE), "#cccccc")
         ImageDraw.Draw(picture).text((8, 8), "\n".join(textwrap.wrap(str(damage), 28)), fill="black", font=_font())
         return picture
-    scale = _TILE / max(picture.size)
+    scale = TILE / max(picture.size)
     picture = picture.resize(tuple(max(1, round(side * scale)) for side in picture.size), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(picture)
     things = record.get("objects")
@@ -162,19 +162,20 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(12)
 
 
-def _sheet_png(tiles: Sequence[tuple[Image.Image, str, str]]) -> bytes:
+def sheet_png(tiles: Sequence[tuple[Image.Image, str, str]]) -> bytes:
+    """Pictures of at most TILE pixels a side, captions, names (not shown) -> a PNG file."""
     columns = min(6, len(tiles))
     wrapped = [textwrap.wrap(caption, 36)[:6] for _, caption, _ in tiles]
     rows = [range(start, min(start + columns, len(tiles))) for start in range(0, len(tiles), columns)]
-    heights = [_TILE + 12 + _TEXT * max(len(wrapped[i]) for i in row) for row in rows]
-    sheet = Image.new("RGB", (columns * (_TILE + 12), sum(heights)), "white")
+    heights = [TILE + 12 + _TEXT * max(len(wrapped[i]) for i in row) for row in rows]
+    sheet = Image.new("RGB", (columns * (TILE + 12), sum(heights)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for row, height in zip(rows, heights, strict=True):
         for i in row:
-            left = (i - row.start) * (_TILE + 12) + 6
+            left = (i - row.start) * (TILE + 12) + 6
             sheet.paste(tiles[i][0], (left, top + 4))
             for line, text in enumerate(wrapped[i]):
-                draw.text((left, top + _TILE + 6 + line * _TEXT), text, fill="black", font=_font())
+                draw.text((left, top + TILE + 6 + line * _TEXT), text, fill="black", font=_font())
         top += height
     return _png(sheet)
 
@@ -189,7 +190,7 @@ def _sheet_html(tiles: Sequence[tuple[Image.Image, str, str]]) -> bytes:
         [
             '<!doctype html><html><head><meta charset="utf-8"><title>preview</title><style>',
             "body { font: 14px sans-serif; display: flex; flex-wrap: wrap; gap: 12px; margin: 12px }",
-            f"figure {{ margin: 0; width: {_TILE}px }} small {{ display: block; color: #777; overflow-wrap: anywhere }}",
+            f"figure {{ margin: 0; width: {TILE}px }} small {{ display: block; color: #777; overflow-wrap: anywhere }}",
             "</style></head><body>",
             *figures,
             "</body></html>\n",

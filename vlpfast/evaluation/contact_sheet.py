@@ -1,4 +1,4 @@
-"""Contact sheets: what the model finds for a text, what it says about a picture, which classes it mixes up."""
+"""Contact sheets: what the model finds for a text, what it says about a picture, which classes it mixes up, what it is fed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlpfast.data.inspect import TILE, sheet_png
 from vlpfast.data.shards import IMAGE_EXTENSIONS, ShardSet
 from vlpfast.evaluation.charts import percent
 from vlpfast.evaluation.features import Features
 from vlpfast.evaluation.retrieval import Ranking, Retrieval
 from vlpfast.evaluation.zero_shot import ZeroShot
+from vlpfast.types import Batch, DataSpec, Tokenizer
 
 _SIDE = 192  # pixels of a thumbnail's longer side
 _TICK, _CROSS = "✓", "✗"
@@ -155,6 +157,27 @@ def _place(ranking: Ranking, row: int) -> str:
 
 def _grid(cards: Iterable[str]) -> str:
     return f'<div class="queries">{"".join(cards)}</div>'
+
+
+def batch_sheet(batch: Batch, spec: DataSpec, tokenizer: Tokenizer | None, count: int = 24) -> bytes:
+    """The first samples of a batch as a model gets them -> a PNG file: cropped, mirrored, normalised back; captions from their
+    ids, cut where those are. Without pictures, empty tiles; without captions, the samples' keys."""
+    keys = batch.get("key", [])
+    tiles = []
+    for i in range(min(count, len(keys))):
+        picture = Image.new("RGB", (TILE, TILE), "#cccccc")
+        if "image" in batch:
+            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.image.mean, spec.image.std))
+            pixels = (batch["image"][i].detach().cpu().float() * std + mean).mul(255).round().clamp(0, 255)
+            picture = Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())
+            scale = TILE / max(picture.size)
+            size = tuple(max(1, round(side * scale)) for side in picture.size)
+            picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+        text = keys[i]
+        if "text" in batch and tokenizer is not None:
+            text = tokenizer.decode(batch["text"][i].tolist()) or "(no caption)"
+        tiles.append((picture, text, keys[i]))
+    return sheet_png(tiles)
 
 
 def confusions(classified: Classified, count: int = 10) -> str:

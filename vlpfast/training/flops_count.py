@@ -188,20 +188,20 @@ class Speed:
         self.stage = ""  # the last that has begun
         self.flops: int | None = None  # of one rank's step; None: not known yet
         self.why_not = ""  # shapes alone did not do
-        self._skeleton: Skeleton | None = None
+        self.skeleton: Skeleton | None = None
         try:
-            self._skeleton = Skeleton(model)
+            self.skeleton = Skeleton(model)
         except Exception as error:  # a model may hold what cannot be copied: that must not end a run
             self.why_not = _first_line(error)
         else:
-            self._offered = {name for name, parameter in self._skeleton.model.named_parameters() if parameter.requires_grad}
+            self._offered = {name for name, parameter in self.skeleton.model.named_parameters() if parameter.requires_grad}
 
     def begin_stage(self, name: str, stage: Stage, batch: Batch, progress: Progress) -> StepCount | None:
         """Counts a step of the stage on its first batch. None: it has to be counted as it is taken, for the reason why_not."""
         self.stage, self.flops = name, None
-        if self._skeleton is None:
+        if self.skeleton is None:
             return None
-        model = self._skeleton.model.train()
+        model = self.skeleton.model.train()
         set_mode(model, name, stage)
         select_trainable(model, name, stage, self._offered)
 
@@ -210,7 +210,7 @@ class Speed:
                 return weighted_sum(model(batch, progress), stage.losses, name)
 
         try:
-            count = self._skeleton.count(batch, loss)
+            count = self.skeleton.count(batch, loss)
         except UserError:
             raise
         except Exception as error:  # shapes that depend on values, operators without a rule for shapes
