@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from toy_run import Toy, ToyLoader, toy_config, toy_trainer
 
 from vlpfast.models.clip import CLIP
-from vlpfast.ops.flops import FlopCounterMode
 from vlpfast.training import flops_count
 from vlpfast.training.config import Stage
 from vlpfast.training.flops_count import Skeleton, Speed, peak, prefixed
@@ -49,7 +48,7 @@ def test_by_shapes_it_is_what_a_real_step_counts(clip: CLIP) -> None:
             saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    with flops_count._counter() as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = clip_loss(clip, batch)
         forward = counter.get_total_flops()
@@ -65,6 +64,21 @@ def test_by_shapes_it_is_what_a_real_step_counts(clip: CLIP) -> None:
     # and nothing was done
     assert all(torch.equal(a, b) for a, b in zip(before, clip.parameters(), strict=True))
     assert all(a is p.grad for a, p in zip(grads, clip.parameters(), strict=True)) and torch.equal(drawn, torch.get_rng_state())
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, 2, 10, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(self.scale * x, x, x)
+
+    batch = Batch(image=torch.randn(3, 2, 10, 8))
+    count = Skeleton(Attention()).count(batch, lambda model, batch: model(batch["image"]).sum())
+    product = 2 * 3 * 2 * 10 * 10 * 8
+    assert (count.forward, count.backward) == (2 * product, 5 * product)
 
 
 def test_frozen_parameters_cost_less(clip: CLIP) -> None:

@@ -1,10 +1,11 @@
 """What a step costs, counted without taking it, and what the device could do: together the model FLOPs utilisation (MFU).
 
 MFU is the term of Chowdhery et al. 2022, "PaLM", appendix B: floating-point operations that the model needs for forward and
-backward, each once, over seconds times the device's peak. What is made again to save memory (activation checkpointing, a
-feature cache) does not count, nor does the optimiser. Operations are those of products, convolutions and attention, a multiply
-and an add as two, by the formulas of torch and vlpfast.ops.flops; with many ranks those of one rank's own samples, without the
-pairs that a sharded loss makes of them and other ranks' samples.
+backward over seconds times the device's peak. Operations are those of products, convolutions and attention, a multiply and an
+add as two, by the formulas of torch and vlpfast.ops.flops: a causal mask halves nothing, and attention's scores, which its
+kernels make again in the backward, count twice. What is made again to save memory (activation checkpointing, a feature cache)
+does not count, nor does the optimiser. With many ranks they are those of one rank's own samples, without the pairs that a
+sharded loss makes of them and other ranks' samples.
 """
 
 from __future__ import annotations
@@ -63,7 +64,6 @@ class Skeleton:
 
         Raises what torch raises where shapes depend on the values of the batch.
         """
-        counter_class = _counter_class()
         batch = {key: self.fake.from_tensor(value) if isinstance(value, Tensor) else value for key, value in batch.items()}
         known = self._own | {_storage(value) for value in batch.values() if isinstance(value, Tensor)}
         saved: dict[int, Tensor] = {}  # the tensor too, so that its storage's address is not given to another
@@ -75,7 +75,7 @@ class Skeleton:
 
         for parameter in self.model.parameters():
             parameter.grad = None
-        with _alone(), torch.random.fork_rng(devices=[]), self.fake, _ChecksPass(), counter_class(display=False) as counter:
+        with _alone(), torch.random.fork_rng(devices=[]), self.fake, _ChecksPass(), _counter() as counter:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 value = loss(self.model, batch)
             forward, found = counter.get_total_flops(), counter.get_flop_counts()
@@ -91,11 +91,23 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _counter_class() -> type:
-    """Torch's counter with the library's formulas. Imported at need: it loads triton where there is one."""
+def _counter() -> Any:
+    """Torch's counter with the library's formulas, and with torch's own formula where it forgets a kernel: attention on a CPU.
+
+    Imported at need: it loads triton where there is one."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
     from vlpfast.ops.flops import FlopCounterMode
 
-    return FlopCounterMode
+    def forward(q: tuple, k: tuple, v: tuple, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_flop_count(q, k, v)
+
+    def backward(grad: tuple, q: tuple, k: tuple, v: tuple, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, q, k, v)
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mapping = {kernel: forward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 class _ChecksPass(TorchDispatchMode):
@@ -225,7 +237,7 @@ class Speed:
         if self.flops is not None:
             yield
             return
-        with _counter_class()(display=False) as counter:
+        with _counter() as counter:
             yield
         self.flops = counter.get_total_flops()
 
