@@ -94,7 +94,7 @@ def line_chart(
     y_ticks, (low, high) = _log_axis(min(values), max(values)) if log else _linear_axis(*(y_range or (min(values), max(values))))
     axes = _Axes(min(point.x for point in shown), max(point.x for point in shown), low, high, log)
     px, py = axes.px, axes.py
-    parts = axes.drawn(y_ticks, show, x_name, marks)
+    parts = axes.drawn(y_ticks, show, x_name)
     right = WIDTH - _RIGHT
     parts += [f'<line class="reference" x1="{_LEFT}" x2="{right}" y1="{py(y)}" y2="{py(y)}"/>' for _, y in references]
     for i, one in enumerate(points):
@@ -105,6 +105,7 @@ def line_chart(
             parts.append(f'<circle class="dot s{i}" cx="{px(one[0].x)}" cy="{py(one[0].mean)}" r="3.5"/>')
         elif one:
             parts.append(f'<polyline class="line s{i}" points="{" ".join(f"{px(p.x)},{py(p.mean)}" for p in one)}"/>')
+    parts += axes.marked(marks)
     parts += _stops(series, points, points, axes, show, x_name)
     return _figure(title, _legend(series, references), _summary(title, series, points, show, x_name), parts)
 
@@ -138,7 +139,7 @@ def stacked_chart(
         raise ValueError(f"chart {title!r}: no series has a value above 0")
     y_ticks, (low, high) = _linear_axis(0.0, max(sums))
     axes = _Axes(points[0][0].x, points[0][-1].x, low, high, False)
-    parts = axes.drawn(y_ticks, show, x_name, marks)
+    parts = axes.drawn(y_ticks, show, x_name)
     floor = [(point.x, 0.0) for point in points[0]]
     for i, edge in enumerate(edges):
         ceiling = [(point.x, point.mean) for point in edge]
@@ -150,6 +151,7 @@ def stacked_chart(
         text = " ".join(f"{axes.px(x)},{axes.py(y)}" for x, y in corners)
         parts.append(f'<polygon class="layer s{i}" points="{text}"/>')
         floor = ceiling
+    parts += axes.marked(marks)
     parts += _stops(zeros, points, edges, axes, show, x_name)
     return _figure(title, _legend(zeros, ()), _summary(title, zeros, points, show, x_name), parts)
 
@@ -176,9 +178,7 @@ class _Axes:
         share = math.log(y / low) / math.log(high / low) if self.log else (y - low) / (high - low)
         return round(HEIGHT - _BOTTOM - min(max(share, 0), 1) * (HEIGHT - _TOP - _BOTTOM), 1)
 
-    def drawn(
-        self, y_ticks: Sequence[float], show: Callable[..., str], x_name: str, marks: Sequence[tuple[float, str]]
-    ) -> list[str]:
+    def drawn(self, y_ticks: Sequence[float], show: Callable[..., str], x_name: str) -> list[str]:
         px, py, right, bottom = self.px, self.py, WIDTH - _RIGHT, HEIGHT - _BOTTOM
         parts = []
         for tick, label in zip(y_ticks, _tick_labels(y_ticks, show), strict=True):
@@ -190,10 +190,15 @@ class _Axes:
                 parts.append(f'<text class="tick" x="{px(tick)}" y="{bottom + 17}" text-anchor="middle">{number(tick)}</text>')
         parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
         parts.append(f'<text class="tick name" x="{right}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_name)}</text>')
+        return parts
+
+    def marked(self, marks: Sequence[tuple[float, str]]) -> list[str]:
+        """Drawn over what is there."""
+        parts, bottom = [], HEIGHT - _BOTTOM
         for x, name in marks:
             if self.x_low <= x <= self.x_high:
-                parts.append(f'<line class="mark" x1="{px(x)}" x2="{px(x)}" y1="{_TOP}" y2="{bottom}"/>')
-                parts.append(f'<text class="tick mark-name" x="{px(x) + 3}" y="{_TOP + 9}">{escape(name)}</text>')
+                parts.append(f'<line class="mark" x1="{self.px(x)}" x2="{self.px(x)}" y1="{_TOP}" y2="{bottom}"/>')
+                parts.append(f'<text class="tick mark-name" x="{self.px(x) + 3}" y="{_TOP + 9}">{escape(name)}</text>')
         return parts
 
 

@@ -155,7 +155,7 @@ class Display:
         rate, wait = self._samples / self._seconds, 100 * self._wait / self._seconds
         text = f"loss {loss}  lr {record['lr']:.2e}  {rate:,.0f} samples/s  data wait {wait:.0f}%"
         if "mfu" in record:
-            text += f"  MFU {100 * self._used / self._seconds:.0f}%"
+            text += f"  MFU {100 * self._used / self._seconds:.3g}%"
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         else:
