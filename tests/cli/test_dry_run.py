@@ -18,7 +18,7 @@ from vlpfast.training import flops_count
 from vlpfast.types import UserError
 
 CLIP = str(Path(__file__).parents[2] / "configs" / "clip.yaml")
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+COLOURS = {"red": (190, 60, 40), "green": (50, 170, 90), "blue": (40, 80, 200)}
 
 
 @pytest.fixture(scope="module")

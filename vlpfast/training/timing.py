@@ -1,12 +1,13 @@
 """Where the time of a step goes, in the device's own time, and the memory it took.
 
-data            the loop waited for the loader
-transfer        what the loader left on the host went to the device (its own copies run beside the computation)
-forward, backward, optimizer
-communication   with replicated parameters (DDP): from the moment when the last gradient is there to the end of the backward.
-                That is what the step waits for: gradients on their way, ranks that are late. What overlaps with the
-                backward costs nothing and is not in it. What a sharded loss or FSDP2 sends lies within forward and
-                backward, where no clock that costs nothing can tell it apart: `vlpfast-train --profile` does.
+The parts: `data`, the loop waited for the loader; `transfer`, what the loader left on the host went to the device (its own copies
+run beside the computation); `forward`, `backward` (with a feature cache they alternate and are one part, `forward and backward`);
+`communication`; `optimizer`.
+
+Communication is, with replicated parameters (DDP), the time from the moment when the last gradient is there to the end of the
+backward, and what averages gradients and losses after it: what the step waits for, late ranks included. What travels beside the
+backward costs nothing and is not in it. What a sharded loss or FSDP2 sends lies within forward and backward, where no clock that
+costs nothing can tell it apart: `vlpfast-train --profile` does.
 """
 
 from __future__ import annotations
