@@ -1,4 +1,4 @@
-"""From shards to batches: order, position, damaged samples, captions. Pixels are left to a decoder (dali.py or plain.py)."""
+"""From shards to batches: order, position, damaged samples, captions. The rest of a batch is left to modalities (modality.py)."""
 
 from __future__ import annotations
 
@@ -10,31 +10,29 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlpfast.data.modality import Draws, Modality
 from vlpfast.data.order import epoch_order, rank_share
-from vlpfast.data.pictures import DamagedBatch, DamagedSample, picture_size
-from vlpfast.data.shards import IMAGE_EXTENSIONS, ShardSet
-from vlpfast.data.views import crop_fractions, view_rectangles
-from vlpfast.types import Batch, DataSpec, ImageSpec, Loader, Tokenizer, UserError
+from vlpfast.data.pictures import DamagedBatch, DamagedSample
+from vlpfast.data.shards import ShardSet
+from vlpfast.types import Batch, DataSpec, Loader, Tokenizer, UserError
 
 _log = logging.getLogger(__name__)
-_IN_FLIGHT = 2  # batches given to the decoder and not yet received, and finished batches that wait for the caller
-
-
-class Decoder(Protocol):
-    """Encoded pictures to pixels, several batches at a time, first in, first out."""
-
-    def submit(self, pictures: list[np.ndarray], rectangles: np.ndarray, mirrored: np.ndarray) -> None: ...
-    def receive(self) -> Tensor: ...
-    def reset(self) -> None: ...
-    def close(self) -> None: ...
+_IN_FLIGHT = 2  # batches given to the modalities and not yet received, and finished batches that wait for the caller
+_MODALITIES = {  # field of DataSpec -> who makes it, loaded when it is asked for
+    "image": "vlpfast.data.images:ImageModality",
+    "video": "vlpfast.data.video:VideoModality",
+    "audio": "vlpfast.data.audio:AudioModality",
+    "volume": "vlpfast.data.volumes:VolumeModality",
+    "points": "vlpfast.data.points:PointsModality",
+}
 
 
 class _Position(NamedTuple):
@@ -45,23 +43,21 @@ class _Position(NamedTuple):
 @dataclass
 class _Sample:
     index: int
-    picture: np.ndarray | None  # encoded bytes
-    size: tuple[int, int]  # width, height in pixels
     caption: str
-    meta: Any
+    meta: dict[str, Any]  # the JSON; {} if there is none or nobody asked for it
+    contents: dict[str, np.ndarray]  # modality -> the member's bytes
+    infos: dict[str, Any]  # modality -> what its inspect() told
 
 
 @dataclass
 class _Plan:
-    """A batch before its pixels: everything that is decided on the host."""
+    """A batch before its modalities are received: everything that is decided on the host."""
 
     start: _Position
     end: _Position
     samples: list[_Sample]
     left_out: list[int]  # damaged samples between start and end
     batch: Batch
-    rectangles: np.ndarray | None = None  # int32 [B, 4] x0, y0, width, height in pixels
-    mirrored: np.ndarray | None = None  # bool [B]
 
 
 def make_loader(
@@ -87,20 +83,21 @@ def make_loader(
     shares cover each sample once. The same seed gives the same samples, crops and order for every back end, device and
     number of threads.
 
-    A sample without picture or caption, with a picture that PIL cannot decode or a caption that is not UTF-8 is left out,
-    logged and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in
-    the member `json`.
+    A sample that lacks a modality, with a picture that PIL cannot decode or a caption that is not UTF-8 is left out, logged
+    and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in the
+    member `json`.
 
     patterns: shards as ShardSet takes them. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or "auto",
-    which is DALI where it is installed. device: where image and text lie ("cuda:1" also decodes there with DALI). window:
+    which is DALI where it is installed (pictures alone). device: where the batch lies, but for what Batch says lies on the CPU
+    ("cuda:1" also decodes there with DALI). window:
     shards that are shuffled together. with_meta: adds Batch["meta"], the sample's json member ({} if it has none).
     """
     if batch_size < 1 or threads < 1 or window < 1:
         raise ValueError(f"expected batch_size, threads and window of at least 1, got {batch_size}, {threads}, {window}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 .. world_size - 1 = {world_size - 1}, got {rank}")
-    if spec.image is None and spec.text is None:
-        raise ValueError("spec: both modalities are None, there is nothing to load")
+    if all(getattr(spec, field.name) is None for field in fields(spec)):
+        raise ValueError("spec: all modalities are None, there is nothing to load")
     if spec.text is not None and tokenizer is None:
         raise ValueError("tokenizer: None, but spec.text asks for captions")
     if backend not in ("auto", "dali", "plain"):
@@ -108,34 +105,29 @@ def make_loader(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    make_decoder = None
-    if spec.image is not None:
-        _check_image_spec(spec.image)
-        if _choose(backend) == "dali":
-            dali = importlib.import_module("vlpfast.data.dali")
-            make_decoder = partial(dali.DaliDecoder, spec.image, threads, batch_size, device)
-        else:
-            plain = importlib.import_module("vlpfast.data.plain")
-            make_decoder = partial(plain.PlainDecoder, spec.image, threads)
+    modalities = _modalities(spec, threads, batch_size, device, backend)
+    for make in modalities.values():
+        make().close()  # a spec that is refused, or a package that is missing, is told before the first batch
     shards = ShardSet(patterns, threads=threads)
     if train and len(shards) // world_size < batch_size:
         raise UserError(
             f"{len(shards)} samples in {len(shards.shards)} shards are fewer than one global batch of {world_size * batch_size}"
             + (f" ({world_size} ranks of {batch_size})" if world_size > 1 else "")
         )
-    return ShardLoader(
-        shards, spec, tokenizer, batch_size, make_decoder, train, seed, rank, world_size, device, window, with_meta
-    )
+    return ShardLoader(shards, spec, tokenizer, batch_size, modalities, train, seed, rank, world_size, device, window, with_meta)
 
 
-def _check_image_spec(spec: ImageSpec) -> None:
-    if spec.interpolation not in ("bicubic", "bilinear"):
-        raise UserError(f'interpolation: expected "bicubic" or "bilinear", got {spec.interpolation!r}')
-    if spec.size < 1:
-        raise UserError(f"size: expected at least 1 pixel, got {spec.size}")
-    for name, (low, high) in (("scale", spec.scale), ("ratio", spec.ratio)):
-        if not 0 < low <= high:
-            raise UserError(f"{name}: expected two numbers, 0 < low <= high, got {[low, high]}")
+def _modalities(
+    spec: DataSpec, threads: int, batch_size: int, device: torch.device, backend: str
+) -> dict[str, Callable[[], Modality]]:
+    """Field name -> what makes the modality; one iteration makes it and closes it."""
+    makers = {}
+    for field in fields(spec):
+        if field.name in _MODALITIES and (options := getattr(spec, field.name)) is not None:
+            module, _, name = _MODALITIES[field.name].partition(":")
+            made = partial(getattr(importlib.import_module(module), name), options, threads, batch_size, device)
+            makers[field.name] = partial(made, _choose(backend)) if field.name == "image" else made
+    return makers
 
 
 @cache
@@ -169,7 +161,7 @@ class ShardLoader:
         spec: DataSpec,
         tokenizer: Tokenizer | None,
         batch_size: int,
-        make_decoder: Callable[[], Decoder] | None,
+        modalities: dict[str, Callable[[], Modality]],
         train: bool,
         seed: int,
         rank: int,
@@ -180,9 +172,10 @@ class ShardLoader:
     ):
         self.batch_size = batch_size
         self.skipped: dict[str, str] = {}  # shard.tar:key of each damaged sample met so far -> what was wrong
-        self._shards, self._spec, self._tokenizer, self._make_decoder = shards, spec, tokenizer, make_decoder
+        self._shards, self._spec, self._tokenizer, self._makers = shards, spec, tokenizer, modalities
         self._train, self._seed, self._rank, self._world_size = train, seed, rank, world_size
         self._device, self._window, self._with_meta = device, window, with_meta
+        self._wants_json = with_meta or bool(modalities.keys() - {"image"}) or (spec.image is not None and spec.image.boxes != "")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._fingerprint = shards.fingerprint()
         self._position = _Position(0, 0)
@@ -254,34 +247,46 @@ class ShardLoader:
 
     def _produce(self, position: _Position) -> Iterator[_Plan]:
         """Plans with whole batches, from `position` on; runs in the thread that works ahead."""
-        decoder = self._make_decoder() if self._make_decoder is not None else None
-        with contextlib.closing(decoder) if decoder is not None else contextlib.nullcontext():
+        modalities = {}
+        with contextlib.ExitStack() as stack:
+            for name, make in self._makers.items():
+                modalities[name] = stack.enter_context(contextlib.closing(make()))
             plans: deque[_Plan] = deque()
             while True:
-                while len(plans) < _IN_FLIGHT and (plan := self._plan(position)) is not None:
-                    if decoder is not None:
-                        decoder.submit([sample.picture for sample in plan.samples], plan.rectangles, plan.mirrored)
+                while len(plans) < _IN_FLIGHT and (plan := self._plan(modalities, position)) is not None:
+                    self._submit(modalities, plan)
                     plans.append(plan)
                     position = plan.end
                 if not plans:
                     return
                 plan = plans.popleft()
                 with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-                    if decoder is not None:
+                    reasons: dict[int, str] = {}
+                    received = {name: plan.batch[name] for name in plan.batch.keys() & {"text", "text_mask"}}
+                    for modality in modalities.values():
                         try:
-                            plan.batch["image"] = decoder.receive()
+                            received |= modality.receive()
                         except DamagedBatch as error:
-                            for place, reason in error.reasons.items():
-                                self._damaged[plan.samples[place].index] = reason
-                            decoder.reset()
-                            plans.clear()
-                            position = plan.start
-                            continue
-                    for name in plan.batch.keys() & {"image", "text", "text_mask"}:
-                        plan.batch[name] = plan.batch[name].to(self._device)
+                            reasons = error.reasons | reasons
+                    if reasons:
+                        for place, reason in reasons.items():
+                            self._damaged[plan.samples[place].index] = reason
+                        for modality in modalities.values():
+                            modality.reset()
+                        plans.clear()
+                        position = plan.start
+                        continue
+                    plan.batch |= {name: value.to(self._device) for name, value in received.items()}
                 if self._stream is not None:
                     self._stream.synchronize()
                 yield plan
+
+    def _submit(self, modalities: dict[str, Modality], plan: _Plan) -> None:
+        draws = Draws(self._seed, plan.end.epoch, plan.batch["index"].numpy(), self._train)
+        records = [sample.meta for sample in plan.samples]
+        for name, modality in modalities.items():
+            contents, infos = ([getattr(sample, of)[name] for sample in plan.samples] for of in ("contents", "infos"))
+            plan.batch |= modality.submit(contents, infos, records, draws)
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
@@ -294,7 +299,7 @@ class ShardLoader:
             self._share = epoch, rank_share(order, self._rank, self._world_size, equal=self._train)
         return self._share[1]
 
-    def _plan(self, start: _Position) -> _Plan | None:
+    def _plan(self, modalities: dict[str, Modality], start: _Position) -> _Plan | None:
         """The next batch from `start` on; None at the end of an evaluation pass. What it holds does not depend on when
         damage is found.
         """
@@ -306,7 +311,7 @@ class ShardLoader:
             while missing := min(self.batch_size - len(samples), len(order) - cursor):
                 taken = order[cursor : cursor + missing].tolist()
                 cursor += missing
-                samples += self._read([index for index in taken if index not in self._damaged])
+                samples += self._read(modalities, [index for index in taken if index not in self._damaged])
                 left_out += [index for index in taken if index in self._damaged]
             if len(samples) == self.batch_size or (samples and not self._train):
                 return self._assemble(_Plan(start, _Position(epoch, cursor), samples, left_out, {}))
@@ -320,42 +325,29 @@ class ShardLoader:
                 return None
             epoch, cursor = epoch + 1, 0
 
-    def _read(self, indices: list[int]) -> list[_Sample]:
+    def _read(self, modalities: dict[str, Modality], indices: list[int]) -> list[_Sample]:
         """Those of the samples that can be used, as far as can be told without decoding; the others are noted in _damaged."""
-        nothing = [None] * len(indices)
-        pictures = self._shards.read(indices, IMAGE_EXTENSIONS) if self._spec.image is not None else nothing
-        captions = self._shards.read(indices, ("txt",)) if self._spec.text is not None else nothing
-        with_json = [
-            place for place in range(len(indices)) if self._with_meta or (self._spec.text is not None and captions[place] is None)
-        ]
+        members = {name: self._shards.read(indices, modality.members) for name, modality in modalities.items()}
+        captions = self._shards.read(indices, ("txt",)) if self._spec.text is not None else [None] * len(indices)
+        captioned = self._spec.text is not None
+        with_json = [place for place, text in enumerate(captions) if self._wants_json or (captioned and text is None)]
         records = dict(zip(with_json, self._shards.read([indices[place] for place in with_json], ("json",)), strict=True))
         samples = []
         for place, index in enumerate(indices):
-            sample = _Sample(index, pictures[place], (0, 0), "", None)
+            contents = {name: column[place] for name, column in members.items()}
             try:
-                if self._spec.image is not None:
-                    if sample.picture is None:
-                        raise DamagedSample(f"no picture (a member {', '.join(IMAGE_EXTENSIONS)})")
-                    sample.size = picture_size(sample.picture.tobytes())
-                if place in records:
-                    sample.meta = _parse_json(records[place])
-                if self._spec.text is not None:
-                    sample.caption = _caption(captions[place], sample.meta)
+                record = _parse_json(records.get(place))
+                infos = {name: modality.inspect(contents[name], record) for name, modality in modalities.items()}
+                caption = _caption(captions[place], record) if self._spec.text is not None else ""
             except DamagedSample as error:
                 self._damaged[index] = str(error)
             else:
-                samples.append(sample)
+                samples.append(_Sample(index, caption, record, contents, infos))
         return samples
 
     def _assemble(self, plan: _Plan) -> _Plan:
         index = np.array([sample.index for sample in plan.samples])
         batch: Batch = {"index": torch.from_numpy(index), "key": [self._shards.key(sample.index) for sample in plan.samples]}
-        if (image := self._spec.image) is not None:
-            sizes = np.array([sample.size for sample in plan.samples])
-            plan.rectangles, plan.mirrored = view_rectangles(
-                image, sizes, index, train=self._train, seed=self._seed, epoch=plan.end.epoch
-            )
-            batch["crop"] = torch.from_numpy(crop_fractions(plan.rectangles, plan.mirrored, sizes))
         if (text := self._spec.text) is not None:
             captions = [sample.caption for sample in plan.samples]
             batch["text"], batch["text_mask"] = self._tokenizer.encode(captions, text.context_length)
@@ -377,7 +369,7 @@ def _parse_json(content: np.ndarray | None) -> dict[str, Any]:
     return record
 
 
-def _caption(text: np.ndarray | None, record: dict[str, Any] | None) -> str:
+def _caption(text: np.ndarray | None, record: dict[str, Any]) -> str:
     if text is not None:
         try:
             return text.tobytes().decode("utf-8")
