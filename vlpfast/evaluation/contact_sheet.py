@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vlpfast.data.inspect import TILE, sheet_png
@@ -160,24 +160,43 @@ def _grid(cards: Iterable[str]) -> str:
 
 
 def batch_sheet(batch: Batch, spec: DataSpec, tokenizer: Tokenizer | None, count: int = 24) -> bytes:
-    """The first samples of a batch as a model gets them -> a PNG file: cropped, mirrored, normalised back; captions from their
-    ids, cut where those are. Without pictures, empty tiles; without captions, the samples' keys."""
+    """The first samples of a batch as a model gets them, at most `count` tiles -> a PNG file: views and local views, cropped,
+    mirrored, augmented, normalised back, with the boxes that are in them; captions from their ids, cut where those are. Without
+    pictures the tiles are grey, without captions they have the samples' keys."""
     keys = batch.get("key", [])
     tiles = []
-    for i in range(min(count, len(keys))):
-        picture = Image.new("RGB", (TILE, TILE), "#cccccc")
-        if "image" in batch:
-            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.image.mean, spec.image.std))
-            pixels = (batch["image"][i].detach().cpu().float() * std + mean).mul(255).round().clamp(0, 255)
-            picture = Image.fromarray(pixels.byte().permute(1, 2, 0).numpy())
-            scale = TILE / max(picture.size)
-            size = tuple(max(1, round(side * scale)) for side in picture.size)
-            picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    for i in range(len(keys)):
         text = keys[i]
         if "text" in batch and tokenizer is not None:
             text = tokenizer.decode(batch["text"][i].tolist()) or "(no caption)"
-        tiles.append((picture, text, keys[i]))
-    return sheet_png(tiles)
+        pictures = _views(batch, i, spec) or [Image.new("RGB", (TILE, TILE), "#cccccc")]
+        tiles += [(picture, text, keys[i]) for picture in pictures]
+        if len(tiles) >= count:
+            break
+    return sheet_png(tiles[:count])
+
+
+def _views(batch: Batch, i: int, spec: DataSpec) -> list[Image.Image]:
+    views = []
+    for name in ("image", "image_local"):
+        if name not in batch:
+            continue
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.image.mean, spec.image.std))
+        pixels = batch[name][i].detach().cpu().float()  # [(V,) 3, S, S]
+        for number, view in enumerate(pixels.view(-1, *pixels.shape[-3:])):
+            levels = (view * std + mean).mul(255).round().clamp(0, 255).byte()
+            picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+            scale = TILE / max(picture.size)
+            size = tuple(max(1, round(side * scale)) for side in picture.size)
+            picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+            if name == "image" and "boxes" in batch:
+                boxes, shown = batch["boxes"][i], batch["box_mask"][i]  # [(V,) N, 4], [(V,) N]
+                boxes, shown = (boxes[number], shown[number]) if boxes.ndim == 3 else (boxes, shown)
+                edges = (boxes[shown].cpu() * torch.tensor([*size, *size])).tolist()
+                for box in edges:
+                    ImageDraw.Draw(picture).rectangle(box, outline="red", width=2)
+            views.append(picture)
+    return views
 
 
 def confusions(classified: Classified, count: int = 10) -> str:
