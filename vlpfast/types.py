@@ -14,6 +14,10 @@ class UserError(Exception):
     """A mistake that the user can mend: commands print its message alone, without a traceback, and exit with 2."""
 
 
+class PeerError(UserError):
+    """The mistake of another process of the same run, which says it: this one ends with 2 and without a word."""
+
+
 class Batch(TypedDict, total=False):
     """One batch, as every loader yields it and every model's forward takes it. Fields a model does not ask for are absent."""
 
@@ -21,7 +25,22 @@ class Batch(TypedDict, total=False):
     image_local: Tensor  # [B, V, 3, s, s] the local views
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
+    labels: Tensor  # [B, L] int64 what is asked for at each token, -100: nothing
+    word_ids: Tensor  # [B, L] int64 the word that a token is a part of, -1 at special tokens and padding
+    positions: Tensor  # [B, L] int64 place of a token in its document; packed rows alone, as all down to image_of
+    cu_seqlens: Tensor  # [S + 1] int32 where in text.flatten() the documents and the rows' paddings begin, then B * L
+    document: Tensor  # [S] int64 the document that each of these sequences is, -1: padding
+    image_slots: Tensor  # [P] int64 where in text.flatten() each picture's first token is; picture p is image[p]
+    image_of: Tensor  # [P, 2] int64 the document of each picture, and which of its pictures it is
+    video: Tensor  # [B, T, 3, H, W] float32, normalised with the VideoSpec's mean and std
+    frame_times: Tensor  # [B, T] float32 seconds from the video's first frame, NaN where they are unknown; on the CPU
+    video_crop: Tensor  # [B, 5] as crop, of the video's frames as they are shown; on the CPU
+    short_video: Tensor  # [B, T', 3, H, W] a moment of the same video; only with VideoSpec.short_frames
+    short_times: Tensor  # [B, T'] as frame_times
+    audio: Tensor  # [B, n_mels, T] float32 log-mel, or [B, S] waveform
+    audio_length: Tensor  # [B] int64 frames (or samples) that hold sound, the others are padding; on the CPU
     index: Tensor  # [B] int64 position of the sample in its source, on the CPU
+    source: Tensor  # [B] int64 number of the source in a mixture, on the CPU; only with several sources
     crop: Tensor  # [B, 5] float32 x0, y0, width, height as fractions of the stored picture, then 1 if mirrored; on the CPU.
     #               [B, V, 5] of several views. It reaches beyond the picture where the view is padded
     crop_local: Tensor  # [B, V, 5] of the local views, on the CPU
@@ -123,6 +142,79 @@ class ImageSpec:
 
 
 @dataclass
+class VideoSpec:
+    """Videos: `frames` of each, all cut, resized to `size` x `size` and mirrored alike, normalised.
+
+    sampling (data/frames.py): "uniform"; "segment": a random frame of each of `frames` equal parts; "head_tail": random ones of
+    both halves; "dense": `stride` apart from a random place on; "middle": `stride` apart around the middle. Evaluation takes
+    "uniform" in place of "segment" and "head_tail", "middle" in place of "dense". A video of fewer frames repeats its last one.
+    """
+
+    frames: int = 8
+    sampling: str = "segment"
+    stride: int = 1
+    short_frames: int = 0  # > 0: also as many of a random moment (in evaluation: of the middle), HiTeA's second view
+    short_share: list[float] = field(default_factory=lambda: [0.25, 0.5])  # the moment's length over the video's
+    interval: list[str] = field(default_factory=list)  # two fields of the JSON: the seconds in which the clip begins and ends
+    size: int = 224
+    mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    resize: str = "crop"  # RandomResizedCrop, the centre in evaluation; or "squash": the whole frame, its aspect ratio not kept
+    scale: list[float] = field(default_factory=lambda: [0.5, 1.0])  # RandomResizedCrop: share of the frame's area
+    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])  # RandomResizedCrop: width over height
+    mirror: float = 0.0  # probability of a left-right flip in training
+    interpolation: str = "bicubic"  # or "bilinear"
+
+
+@dataclass
+class AudioSpec:
+    """Sounds: mixed to one channel, resampled, cut or padded to `seconds`, as log-mel spectrogram or waveform.
+
+    What is longer is cut at a random place in training, in the middle in evaluation. The spectrogram: Hann window, centred frames
+    with reflected ends, power, triangular filters, logarithm. Masks (Park et al. 2019, "SpecAugment") in training alone.
+    """
+
+    sample_rate: int = 16000  # Hz
+    seconds: float = 10.0
+    pad: str = "zeros"  # or "repeat": over and over; "repeat_zeros": whole repetitions, then zeros (CLAP's repeatpad)
+    interval: list[str] = field(default_factory=list)  # two fields of the JSON: the seconds in which the sound begins and ends
+    int16: bool = False  # samples rounded towards zero to 16 bits, as LAION's CLAP does
+    keep_silence: bool = False  # False: a sound without a single sample other than zero counts as damaged
+    features: str = "log_mel"  # or "waveform"
+    n_fft: int = 400
+    hop: int = 160
+    win: int = 400
+    n_mels: int = 80
+    f_min: float = 0.0  # Hz
+    f_max: float = 8000.0
+    mel_scale: str = "slaney"  # or "htk"
+    mel_norm: str = "slaney"  # each filter of the same area; or "none": of height one
+    log: str = "log10"  # or "db": 10 log10; "ln"
+    floor: float = 1e-10  # power below this counts as this
+    dynamic_range: float = 0.0  # > 0: values further below the sound's largest are raised to it, in units of `log`
+    shift: float = 0.0  # (value + shift) * scale at the end
+    scale: float = 1.0
+    drop_last_frame: bool = False  # seconds * sample_rate / hop frames; False: one more, centred on the sound's end
+    time_masks: int = 0
+    time_mask_width: int = 0  # frames, at most
+    mel_masks: int = 0
+    mel_mask_width: int = 0
+    mask_value: float = 0.0
+
+    @classmethod
+    def whisper(cls, n_mels: int = 80, seconds: float = 30.0) -> AudioSpec:
+        """Whisper's and Qwen-Audio's input: 100 frames a second (Radford et al. 2022, section 2.2)."""
+        return cls(seconds=seconds, n_mels=n_mels, dynamic_range=8.0, shift=4.0, scale=0.25, drop_last_frame=True)
+
+    @classmethod
+    def clap(cls) -> AudioSpec:
+        """CLAP's input without feature fusion, as ClapFeatureExtractor's "rand_trunc": 64 x 1001 decibels."""
+        return cls(
+            sample_rate=48000, pad="repeat_zeros", n_fft=1024, hop=480, win=1024, n_mels=64, f_min=50.0, f_max=14000.0, log="db"
+        )
+
+
+@dataclass
 class TextSpec:
     """Captions: tokenised, cut to `context_length` with the end token kept, padded."""
 
@@ -135,6 +227,8 @@ class DataSpec:
 
     image: ImageSpec | None = field(default_factory=ImageSpec)
     text: TextSpec | None = field(default_factory=TextSpec)
+    video: VideoSpec | None = None
+    audio: AudioSpec | None = None
 
 
 class Tokenizer(Protocol):
@@ -168,7 +262,10 @@ class Loader(Protocol):
         """The position after the last batch that was handed out; plain JSON values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Goes on from what this rank saved, or from what another number of ranks saved together, in their order."""
+        ...
+
     def close(self) -> None: ...
 
 

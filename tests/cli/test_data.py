@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -130,6 +131,29 @@ def test_verify_names_what_is_damaged(shards, capsys):
     assert "1 shards damaged" in capsys.readouterr().out
 
 
+def test_verify_repairs(shards, capsys):
+    damage(shards, 1)
+    whole = (shards / "x-000001.tar").read_bytes()
+    (shards / "x-000001.tar").write_bytes(whole[: len(whole) // 2])
+    (shards / "y.tar").write_bytes(b"none" * 500)
+    assert data.main(["verify", "--repair", str(shards)]) == 1  # y.tar
+    printed = capsys.readouterr().out
+    assert f"repaired {shards}/x-000000.tar: 2 samples; the old one is {shards}/x-000000.tar.bad" in printed
+    assert f"repaired {shards}/x-000001.tar: 1 samples" in printed
+    assert f"left {shards}/y.tar as it is: nothing in it is whole" in printed
+    (shards / "y.tar").unlink()
+    assert data.main(["verify", str(shards)]) == data.main(["verify", "--repair", str(shards)]) == 0
+    assert [ShardSet(str(shards)).key(i) for i in range(3)] == ["k0", "k2", "k3"]
+
+
+def test_verify_without_captions(tmp_path, capsys):
+    with ShardWriter(tmp_path, "x") as writer:
+        writer.write("k", {"jpg": jpeg()})
+    assert data.main(["verify", str(tmp_path)]) == 1
+    assert data.main(["verify", "--no-captions", str(tmp_path)]) == 0
+    capsys.readouterr()
+
+
 def test_verify_without_decoding_looks_at_headers_alone(tmp_path, capsys):
     out = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(out, "PNG")
@@ -186,6 +210,97 @@ def test_preview_as_page(shards, tmp_path):
         data.main(["preview", str(shards), "-o", str(tmp_path / "sheet.gif")])
     with pytest.raises(UserError, match=r"cannot be written: No such file or directory"):
         data.main(["preview", str(shards), "-o", str(tmp_path / "nowhere" / "sheet.png")])
+
+
+def test_build(tmp_path, capsys):
+    src, out = tmp_path / "src", tmp_path / "out"
+    src.mkdir()
+    for i in range(4):
+        (src / f"p{i}.jpg").write_bytes(jpeg(80 + i))
+        (src / f"p{i}.txt").write_text(f"number {i}" if i != 2 else "far too long a caption")
+    arguments = ["build", "pictures", str(src), str(out), "--max-caption", "10", "--samples-per-shard", "2", "--prefix", "p"]
+    assert data.main([*arguments, "--workers", "1", "--no-decode"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "source      jpg: 4, txt: 4",
+        f"built       3 samples in 2 shards: {out}/p-*.tar",
+        f"skipped     1, listed in {out}/skipped.jsonl, such as",
+        "            p2.jpg: the caption has 22 characters, more than 10 (--max-caption)",
+    ]
+    assert data.main(["verify", str(out)]) == 0
+    assert data.main([*arguments, "--workers", "2", "--no-decode"]) == 0  # done already
+    assert f"resumed     {out} held" in capsys.readouterr().out
+    with pytest.raises(UserError, match="pictures have no use for drop="):
+        data.main([*arguments, "--drop", "url"])
+    (src / "t.csv").write_text("path,title,url\np1.jpg,one,http\np2.jpg,two,http\n")
+    arguments = ["build", "table", str(src / "t.csv"), str(tmp_path / "t"), "--picture", "path", "--caption", "title"]
+    assert data.main([*arguments, "--drop", "url", "--key", "path"]) == 0
+    shards = ShardSet(str(tmp_path / "t"))
+    assert [shards.key(i) for i in range(2)] == ["p1_jpg", "p2_jpg"] and shards.extensions(0) == ("jpg", "txt")
+
+
+def test_curate_near_duplicates(shards, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["curate", "near-duplicates", str(shards), "--out", str(out), "--by", "dhash", "--distance", "0"]
+    assert data.main([*arguments, "--threads", "2", "--samples-per-shard", "2", "--prefix", "u"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "samples     5",
+        "kept        1 (20.0%)",
+        "left out    4",
+        f"written     1 shards: {out}/u-*.tar, and decisions.jsonl",
+        "duplicates  of 1 pictures; the largest group has 5",
+    ]
+    assert len(ShardSet(str(out / "u-*.tar"))) == 1
+    assert data.main([*arguments[:3], "--out", str(tmp_path / "dry"), "--by", "bytes", "--dry-run"]) == 0
+    assert "decisions.jsonl, no shards" in capsys.readouterr().out
+
+
+def test_curate_clip_score(tmp_path, capsys):
+    """The cosines of the run's own model, pair by pair, decide."""
+    import torch
+
+    from vlpfast.cli import assemble, train
+    from vlpfast.data import load_tokenizer, make_loader
+    from vlpfast.training import checkpoint
+
+    with ShardWriter(tmp_path / "s", "x", samples_per_shard=4) as writer:
+        for i in range(9):
+            members = {"jpg": jpeg(colour=(25 * i, 255 - 25 * i, 60)) if i != 4 else b"no", "txt": b"picture %d" % (i % 5)}
+            writer.write(f"k{i}", members)
+    run = tmp_path / "run"
+    small = """model.vision.layers=1 model.vision.width=32 model.text.layers=1 model.text.width=32 model.text.vocab_size=300
+    model.embed_dim=16 train.steps=2 train.batch_size=8 train.precision=fp32 train.tensorboard_every=0 evaluation.every=0
+    data.threads=1 data.loader=plain data.source=shards"""
+    overrides = [f"train.run_dir={run}", f"data.train=['{tmp_path}/s']"]
+    assert train.main([str(Path(__file__).parents[2] / "configs" / "clip.yaml"), *small.split(), *overrides]) == 0
+    capsys.readouterr()
+    command = ["curate", "clip-score", str(run), str(tmp_path / "s"), "--device", "cpu"]
+    assert data.main([*command, "--top", "0.5", "--batch-size", "3", "--out", str(tmp_path / "top")]) == 0
+    printed = capsys.readouterr().out
+    assert "kept        4 (44.4%)\nleft out    5, 1 of them damaged" in printed
+    config = assemble.load_config(run / "config.yaml")
+    model = assemble.build_model(config)
+    checkpoint.load_weights(checkpoint.find_newest(run / "checkpoints")[0], model)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    expected = {}
+    with torch.no_grad():
+        loader = make_loader(str(tmp_path / "s"), assemble.data_spec(config), tokenizer, 1, train=False, backend="plain")
+        for batch in loader:
+            image, text = model.eval().encode_image(batch["image"]), model.encode_text(batch["text"])
+            expected[batch["key"][0]] = float((image * text).sum())
+    lines = [json.loads(line) for line in (tmp_path / "top" / "decisions.jsonl").read_text().splitlines()]
+    assert {line["key"]: line["score"] for line in lines if "score" in line} == pytest.approx(expected, abs=2e-6)
+    assert [line["key"] for line in lines if "damaged" in line] == ["k4"]
+    best = sorted(expected, key=expected.get, reverse=True)[:4]
+    kept = ShardSet(str(tmp_path / "top"))
+    assert {kept.key(i) for i in range(len(kept))} == set(best)
+    threshold = expected[best[1]] - 1e-5
+    assert data.main([*command, "--threshold", str(threshold), "--dry-run", "--out", str(tmp_path / "dry")]) == 0
+    report = json.loads((tmp_path / "dry" / "report.json").read_text())
+    assert report["kept"] == sum(score >= threshold for score in expected.values()) and report["method"]["step"] == 2
+    with pytest.raises(UserError, match=r"top exists: remove it"):
+        data.main([*command, "--top", "1", "--out", str(tmp_path / "top")])
+    with pytest.raises(UserError, match="is no run folder"):
+        data.main(["curate", "clip-score", str(tmp_path), str(tmp_path / "s"), "--top", "1", "--out", str(tmp_path / "z")])
 
 
 def test_mistakes_end_the_command_with_one_line(tmp_path, monkeypatch, capsys):

@@ -34,9 +34,9 @@ def build(name: str) -> nn.Module:
 
 
 def make_batch(data: DataSpec, size: int, *, seed: int = 0) -> Batch:
-    """Random pictures and captions of random length, as a loader with this DataSpec would yield them."""
-    known = {"image", "text"}
-    unknown = {field.name for field in fields(data)} - known
+    """Random pictures, captions of random length, videos and sounds, as a loader with this DataSpec would yield them."""
+    known = {"image", "text", "video", "audio"}
+    unknown = {field.name for field in fields(data) if getattr(data, field.name) is not None} - known
     assert not unknown, f"make_batch cannot make {unknown}: teach it"
     generator = torch.Generator().manual_seed(seed)
     batch: Batch = {}
@@ -44,6 +44,18 @@ def make_batch(data: DataSpec, size: int, *, seed: int = 0) -> Batch:
         batch["image"] = torch.randn(size, 3, data.image.size, data.image.size, generator=generator)
     if data.text is not None:
         batch["text"], batch["text_mask"] = captions(data.text, size, generator)
+    if (video := data.video) is not None:
+        batch["video"] = torch.randn(size, video.frames, 3, video.size, video.size, generator=generator)
+        batch["frame_times"] = torch.rand(size, video.frames, generator=generator).cumsum(1)
+        if video.short_frames:
+            batch["short_video"] = torch.randn(size, video.short_frames, 3, video.size, video.size, generator=generator)
+            batch["short_times"] = torch.rand(size, video.short_frames, generator=generator).cumsum(1)
+    if (audio := data.audio) is not None:
+        samples = round(audio.seconds * audio.sample_rate)
+        frames = samples // audio.hop + (not audio.drop_last_frame)
+        shape = (size, samples) if audio.features == "waveform" else (size, audio.n_mels, frames)
+        batch["audio"] = torch.randn(shape, generator=generator)
+        batch["audio_length"] = torch.randint(1, shape[-1] + 1, (size,), generator=generator)
     return batch
 
 

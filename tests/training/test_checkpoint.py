@@ -170,3 +170,26 @@ def test_a_checkpoint_appears_when_it_is_whole(run: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="step-00000009 could not be saved: Permission denied"):
         toy_trainer(toy_config(run.parent, "train.steps=9")).fit()
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+
+
+def test_killed_while_an_old_one_is_removed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of it is no checkpoint, damaged or not, and is gone after the next start."""
+
+    class Killed(BaseException):
+        pass
+
+    def remove_half(path: Path, **_: bool) -> None:
+        if (path / "manifest.json").exists():
+            (path / "manifest.json").unlink()
+            raise Killed
+
+    folder = run / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", remove_half)
+        with pytest.raises(Killed):
+            toy_trainer(toy_config(run.parent, "train.steps=9")).fit()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000004.old", "step-00000008", "step-00000009"]
+    found, notes = checkpoint.find_newest(folder)
+    assert found.name == "step-00000009" and not notes
+    assert toy_trainer(toy_config(run.parent, "train.steps=10")).fit()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000009", "step-00000010"]

@@ -99,7 +99,7 @@ class Share(ToyLoader):
 
 def config(folder: Path, *overrides: str) -> RunConfig:
     folder.mkdir(exist_ok=True, parents=True)
-    path = folder / "pair.yaml"
+    path = folder / f"pair-{os.getpid()}.yaml"  # ranks share the folder
     path.write_text(CONFIG)
     return load_config(path, [f"train.run_dir={folder / 'run'}", *overrides], lambda name: Pair)
 

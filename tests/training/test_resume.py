@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from toy_run import CONFIG, start, toy_config, toy_trainer
+from toy_run import CONFIG, numbers, start, toy_config, toy_trainer
 
 SETTINGS = ("train.steps=40", "train.checkpoint_every=3", "train.batch_size=4")
-CLOCK = ("samples_per_s", "data_wait", "seconds", "mfu", "memory_bytes")
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """Every line of the metrics without what a clock or the system measured."""
-    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
 
 
 def test_killed_at_any_moment_the_run_is_the_same(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,34 @@ def test_full_disk_anywhere_in_a_run(tmp_path: Path) -> None:
     expected = r"somewhere/tokenizer.json: No space left on device; the checkpoints are untouched"
     with pytest.raises(UserError, match=expected), run_folder.opened(toy_config(tmp_path)):
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere/tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"), [(errno.EROFS, "make it writable"), (errno.EACCES, "allow access to it"), (errno.EIO, "mend the disk")]
+)
+def test_a_disk_that_fails_later(tmp_path: Path, number: int, cure: str) -> None:
+    expected = f"metrics.jsonl: {os.strerror(number)}; the checkpoints are untouched: {cure} and start again"
+    with pytest.raises(UserError, match=expected), run_folder.opened(toy_config(tmp_path)):
+        raise OSError(number, os.strerror(number), "metrics.jsonl")
+
+
+def test_read_only_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    expected = r"train.run_dir: .*run cannot be used as a folder: Read-only file system"
+    with pytest.raises(UserError, match=expected), run_folder.opened(toy_config(tmp_path)):
+        raise AssertionError("it was opened")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="waits for a system with POSIX locks")
+def test_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
+    begin(tmp_path)
+    assert "is on a file system without locks (No locks available)" in capsys.readouterr().err

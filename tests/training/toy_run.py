@@ -1,14 +1,17 @@
-"""A tiny model and loader for the trainer's tests, and a process that trains them as a command would."""
+"""A tiny model and loader for the trainer's tests, and processes that train them as a command would."""
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,18 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlpfast.cli._run import run
 from vlpfast.training import checkpoint
 from vlpfast.training.config import RunConfig, Stage, load_config
-from vlpfast.training.parallel import World
+from vlpfast.training.parallel import World, joined
 from vlpfast.training.rng import seed_everything
 from vlpfast.training.trainer import EXIT_PREEMPTED, Trainer
-from vlpfast.types import Batch, Progress, UserError
+from vlpfast.types import Batch, Progress
 
 CONFIG = """\
 model: {name: toy}
 data: {source: shards, train: [none.tar]}
 train: {steps: 12, batch_size: 8, lr: 0.01, warmup_steps: 3, checkpoint_every: 4, tensorboard_every: 0, precision: fp32}
 """
+CLOCK = ("samples_per_s", "data_wait", "seconds", "mfu", "memory_bytes")
 
 
 @dataclass
@@ -78,10 +83,11 @@ class Toy(nn.Module):
 
 
 class ToyLoader:
-    """Endless batches that are a function of the cursor; batch `poison` (from 0) holds a NaN."""
+    """Endless batches that are a function of the cursor; batch `poison` (from 0) holds a NaN. Ranks share the rows of a batch."""
 
-    def __init__(self, batch_size: int, poison: int = -1, seconds: float = 0.0) -> None:
-        self.batch_size, self.poison, self.seconds = batch_size, poison, seconds
+    def __init__(self, batch_size: int, poison: int = -1, seconds: float = 0.0, world: World | None = None) -> None:
+        self._world = world or World()
+        self.batch_size, self.poison, self.seconds = self._world.share(batch_size), poison, seconds
         self.skipped: dict[str, str] = {}
         self.cursor = 0
         self.closed = False
@@ -89,12 +95,13 @@ class ToyLoader:
     def __iter__(self) -> Iterator[Batch]:
         while True:
             generator = torch.Generator().manual_seed(self.cursor)
-            image = torch.randn(self.batch_size, 6, generator=generator)
+            image = torch.randn(self.batch_size * self._world.size, 6, generator=generator)
             if self.cursor == self.poison:
                 image[0, 0] = float("nan")
             self.cursor += 1
             time.sleep(self.seconds)
-            yield Batch(image=image, text=image.roll(1, dims=1), index=torch.arange(self.batch_size), key=["k"] * self.batch_size)
+            own = image[self._world.rank :: self._world.size]  # [batch_size, 6]
+            yield Batch(image=own, text=own.roll(1, dims=1), index=torch.arange(self.batch_size), key=["k"] * self.batch_size)
 
     def __len__(self) -> int:
         return 5
@@ -120,24 +127,63 @@ def toy_model(config: RunConfig) -> Toy:
     return Toy(config.model.config)
 
 
-def toy_trainer(config: RunConfig, poison: int = -1, seconds: float = 0.0, device: str = "cpu", **more: Any) -> Trainer:
+def toy_trainer(
+    config: RunConfig, poison: int = -1, seconds: float = 0.0, device: str = "cpu", world: World | None = None, **more: Any
+) -> Trainer:
+    world = world or World(device=torch.device(device))
+
     def loader(name: str, stage: Stage) -> ToyLoader:
         torch.rand(3)  # as a loader that draws while it is opened
-        return ToyLoader(config.train.batch_size, poison, seconds)
+        return ToyLoader(config.train.batch_size, poison, seconds, world)
 
-    return Trainer(config, toy_model(config), loader, World(device=torch.device(device)), **more)
+    return Trainer(config, toy_model(config), loader, world, **more)
 
 
-def start(folder: Path, *overrides: str, **how: Any) -> BaseProcess:
-    """A process of its own that trains a toy in folder/run; what it says on stderr is in folder/log. how: see _train."""
-    folder.mkdir(exist_ok=True)
+def process(function: Callable[..., None], *arguments: Any, **named: Any) -> BaseProcess:
+    """A process of its own that runs a function of a module in this folder."""
     here = Path(__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1])])
     context = multiprocessing.get_context("forkserver")  # torch is imported once, by the server, not by every process
-    context.set_forkserver_preload(["toy_run"])
-    process = context.Process(target=_train, args=(folder, overrides), kwargs=how)
-    process.start()
-    return process
+    context.set_forkserver_preload(["toy_run", "torch._dynamo"])  # the latter by the first step of any optimiser
+    made = context.Process(target=function, args=arguments, kwargs=named)
+    made.start()
+    return made
+
+
+def start(folder: Path, *overrides: str, **how: Any) -> BaseProcess:
+    """A process that trains a toy in folder/run; what it says on stderr is in folder/log. how: see _train."""
+    folder.mkdir(exist_ok=True)
+    toy_config(folder)
+    return process(_train, folder, overrides, **how)
+
+
+def start_ranks(folder: Path, ranks: int, *overrides: str, last: dict[str, Any] | None = None, **how: Any) -> list[BaseProcess]:
+    """As start, of processes as torchrun starts them, which speak in folder/log-RANK. last: what is different for the last."""
+    folder.mkdir(exist_ok=True)
+    toy_config(folder)  # they would write its file all at once
+    port = free_port()
+    return [
+        process(_train, folder, overrides, ranks=(rank, ranks, port), **{**how, **((last or {}) if rank == ranks - 1 else {})})
+        for rank in range(ranks)
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def as_rank(rank: int, ranks: int, port: int) -> None:
+    """Sets what torchrun sets."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """Every line of the metrics of folder/run without what a clock measured."""
+    path = folder / "run" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{key: value for key, value in record.items() if key not in CLOCK} for record in records]
 
 
 def _train(
@@ -147,12 +193,18 @@ def _train(
     kill_in_save: int = 0,
     largest_file: int = 0,
     seconds: float = 0.0,
+    save_seconds: float = 0.0,
+    ranks: tuple[int, int, int] | None = None,
 ) -> None:
     """kill_after, kill_in_save: the step after which, or in whose or a later checkpoint's midst, the process gets SIGKILL.
-    largest_file: bytes after which a file is too large, as on a full disk. seconds: how long each batch takes."""
-    with open(folder / "log", "w") as log:
+    largest_file: bytes after which a file is too large, as on a full disk. seconds, save_seconds: how long each batch takes, and
+    the last file of a checkpoint. ranks: this one, how many, the port where they meet."""
+    with open(folder / ("log" if ranks is None else f"log-{ranks[0]}"), "w") as log:
         os.dup2(log.fileno(), 2)
+    faulthandler.enable()  # on SIGABRT it says where it was
     torch.set_num_threads(1)
+    if ranks is not None and "RANK" not in os.environ:
+        as_rank(*ranks)
     if kill_after:
         after_step = Toy.after_step
 
@@ -162,21 +214,29 @@ def _train(
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Toy.after_step = after_step_or_die
-    if kill_in_save:
-        write = checkpoint._write_json
+    if kill_in_save or save_seconds:
+        write = checkpoint._write_text
 
-        def write_or_die(path: Path, value: dict[str, Any]) -> None:
-            if path.name == "state.json" and value["step"] >= kill_in_save:
+        def write_late_or_die(path: Path, text: str) -> None:
+            if kill_in_save and path.name == "state.json" and json.loads(text)["step"] >= kill_in_save:
                 path.write_text("{")
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(path, value)
+            time.sleep(save_seconds if path.name == "manifest.json" else 0)
+            write(path, text)
 
-        checkpoint._write_json = write_or_die
+        checkpoint._write_text = write_late_or_die
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    try:
-        finished = toy_trainer(toy_config(folder, *overrides), seconds=seconds).fit()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0 if finished else EXIT_PREEMPTED)
+    run(lambda _: _fit(folder, overrides, seconds))
+
+
+def _fit(folder: Path, overrides: tuple[str, ...], seconds: float) -> int:
+    config = load_config(folder / "toy.yaml", [f"train.run_dir={folder / 'run'}", *overrides], lambda name: Toy)
+    with joined(config.train) as world:
+        return 0 if toy_trainer(config, seconds=seconds, world=world).fit() else EXIT_PREEMPTED
+
+
+if __name__ == "__main__":  # under torchrun: FOLDER SECONDS key=value ..., as storm.py starts it
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    _train(folder, tuple(sys.argv[3:]), seconds=float(sys.argv[2]), ranks=(rank, int(os.environ["WORLD_SIZE"]), 0))

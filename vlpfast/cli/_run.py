@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from vlpfast.types import UserError
+from vlpfast.types import PeerError, UserError
 
 
 def run(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -14,7 +14,8 @@ def run(main: Callable[[list[str]], int | None]) -> NoReturn:
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, PeerError):
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

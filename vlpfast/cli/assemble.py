@@ -18,6 +18,7 @@ from torch import nn
 
 from vlpfast import models
 from vlpfast.data import ShardSet, load_tokenizer, make_loader, train_tokenizer
+from vlpfast.data.mixture import expand_sources
 from vlpfast.data.shards import expand
 from vlpfast.evaluation.contact_sheet import Classified, Pairs
 from vlpfast.evaluation.features import encode_images, encode_pairs
@@ -47,7 +48,7 @@ class ClassSource:
 class Sources:
     """Shard patterns of a run. An empty `heldout` means that nothing can be evaluated."""
 
-    train: list[str]
+    train: list[str] | dict[str, list[str]]  # by source, where there are several
     heldout: list[str]
     classes: ClassSource | None
 
@@ -81,14 +82,19 @@ def prepare_data(config: RunConfig, data: DataConfig | None = None) -> Sources:
     data = data or config.data
     if data.source == "emojiworld":
         return _emojiworld(config, data)
-    expand(data.train)
+    train: list[str] | dict[str, list[str]] = data.train
+    if data.mixture:
+        train = {name: source.shards for name, source in data.mixture.items()}
+        expand_sources(train)
+    else:
+        expand(train)
     classes = None
     if data.heldout:
         expand(data.heldout)
         if config.evaluation.zero_shot and config.evaluation.class_names:
             names = _class_names(config.evaluation.class_names)
             classes = ClassSource(data.heldout, names, config.evaluation.templates, config.evaluation.label_field)
-    return Sources(data.train, data.heldout, classes)
+    return Sources(train, data.heldout, classes)
 
 
 def open_loader(
@@ -103,6 +109,8 @@ def open_loader(
         tokenizer,
         world.share(config.train.batch_size),
         train=True,
+        weights={name: source.weight for name, source in data.mixture.items() if source.weight is not None},
+        pure_batches=data.pure_batches,
         seed=config.train.seed,
         rank=world.rank,
         world_size=world.size,
@@ -145,9 +153,9 @@ def build_tokenizer(config: RunConfig, sources: Sources, run_dir: Path, first: b
     return tokenizer
 
 
-def captions(patterns: list[str]) -> Iterator[str]:
+def captions(patterns: list[str] | dict[str, list[str]]) -> Iterator[str]:
     """The captions of the shards in order, at most TOKENIZER_CAPTIONS of them, evenly spread. Unreadable ones are passed over."""
-    shards = ShardSet(patterns)
+    shards = ShardSet(patterns if isinstance(patterns, list) else [pattern for named in patterns.values() for pattern in named])
     chosen = np.linspace(0, len(shards), min(len(shards), TOKENIZER_CAPTIONS), endpoint=False).astype(np.int64)
     for chunk in np.array_split(chosen, max(1, len(chosen) // 4096)):
         for text, record in zip(shards.read(chunk, ("txt",)), shards.read(chunk, ("json",)), strict=True):

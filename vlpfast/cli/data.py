@@ -1,25 +1,30 @@
-"""vlpfast-data: make, index, check and look at shards."""
+"""vlpfast-data: make, index, check, curate and look at shards."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NoReturn
 
 from vlpfast.cli._run import run
+from vlpfast.cli.curate import add_curate
 from vlpfast.types import UserError
 
 _EXAMPLES = """\
 examples:
+  vlpfast-data build pictures photos/ data/photos             shards from a folder of pictures with .txt or .json beside
   vlpfast-data emojiworld data/emoji --num-scenes 20000      make the embedded data
   vlpfast-data preview 'data/emoji/train-*.tar' -o sheet.png  look at it
   vlpfast-data stats data/emoji                               count what is there
   vlpfast-data verify 'data/cc3m-{000..331}.tar'              find damaged samples
   vlpfast-data index 'data/cc3m-{000..331}.tar'               make the index files beforehand
+  vlpfast-data curate near-duplicates data/photos --out data/unique
 
 PATTERN is a tar file, a glob, a folder of tar files, or any of them with braces as in {000..331}. Quote patterns, so that the
 shell leaves them alone.
@@ -38,10 +43,14 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "vlpfast-data", description="Make, index, check and look at WebDataset shards.", epilog=_EXAMPLES, formatter_class=raw
+        "vlpfast-data",
+        description="Make, index, check, curate and look at WebDataset shards.",
+        epilog=_EXAMPLES,
+        formatter_class=raw,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    _add_build(commands)
     add = commands.add_parser(
         "emojiworld",
         help="make the embedded data: scenes of emoji with captions and exact ground truth",
@@ -71,19 +80,127 @@ def _parser() -> argparse.ArgumentParser:
     add = _add(commands, _index, "index", "make the index file of each shard, unless a right one is there")
     add = _add(commands, _verify, "verify", "read everything and name what is damaged; exit code 1 if anything is")
     add.add_argument("--no-decode", action="store_true", help="read the pictures' headers alone: much faster")
-    add = _add(commands, _stats, "stats", "samples, bytes, picture sizes, caption lengths, vocabulary, reading speed")
+    add.add_argument("--no-captions", action="store_true", help="samples need no caption")
+    add.add_argument(
+        "--repair",
+        action="store_true",
+        help="write each damaged shard anew with its whole samples, and keep the old one as NAME.tar.bad",
+    )
+    add = _add(commands, _stats, "stats", "samples, bytes, sizes, durations, caption lengths, vocabulary, reading speed")
     add.add_argument("--limit", type=_positive, default=10_000, metavar="N", help="samples to look at, spread evenly (10000)")
-    add = _add(commands, _preview, "preview", "a contact sheet with captions, and boxes where the JSON has them")
+    add = _add(
+        commands, _preview, "preview", "a contact sheet of pictures with boxes, frames of videos, spectrograms, with captions"
+    )
     add.add_argument("-o", "--output", default="preview.png", metavar="FILE", help=".png, or .html for any script (preview.png)")
     add.add_argument("--count", type=_positive, default=24, metavar="N", help="samples, spread evenly (24)")
+    add_curate(commands, _positive, _progress, _PATTERNS)
     return parser
+
+
+_PATTERNS = "tar files, globs, folders, braces: 'data/x-{000..009}.tar'"
 
 
 def _add(commands, command: Callable[[argparse.Namespace], int], name: str, text: str) -> argparse.ArgumentParser:
     add = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    add.add_argument("patterns", nargs="+", metavar="PATTERN", help="tar files, globs, folders, braces: 'data/x-{000..009}.tar'")
+    add.add_argument("patterns", nargs="+", metavar="PATTERN", help=_PATTERNS)
     add.set_defaults(command=command)
     return add
+
+
+_KINDS = ("pictures", "classes", "table", "text", "documents", "videos", "audio", "dicom", "nifti", "meshes")
+
+_BUILD_HELP = """\
+Makes shards OUT/PREFIX-000000.tar ... from SRC, with an index each. KIND says what SRC is:
+
+  pictures   a folder of pictures (jpg, jpeg, png, webp, bmp), each with a .txt, or a .json that has "caption", beside it
+  classes    a folder that has a folder of pictures for each class (ImageFolder); OUT/classes.txt lists the classes
+  table      a CSV, TSV or Parquet file, or a folder of them: a column of pictures (paths from the table's folder on, or bytes)
+             and a column of captions; all other columns go into the JSON
+  text       .txt files, a document each, and .jsonl(.gz) files, a document each line; or one such file
+  documents  .json files, a document each, and .jsonl(.gz) files, a document each line, in which text and pictures follow each
+             other: MMC4's ("text_list", "image_info"), OBELICS' ("texts", "images"), or
+             {"parts": [{"text": "..."}, {"image": "PATH"}, ...]}
+  videos     mp4, webm, mkv, avi, mov with .txt or .json beside
+  audio      wav, flac, ogg, mp3 with .txt or .json beside
+  dicom      a folder of DICOM series
+  nifti      .nii and .nii.gz with .txt or .json beside
+  meshes     obj, ply, stl, off, glb, gltf with .txt or .json beside
+
+Inputs that cannot be used are skipped, counted, and listed with the reason in OUT/skipped.jsonl. Paths that lead out of SRC, by
+.. or by links, count as such. The same command for an OUT that was not finished goes on behind its last whole shard. Any number
+of workers makes the same bytes.
+"""
+
+_BUILD_EXAMPLES = """\
+examples:
+  vlpfast-data build pictures photos/ data/photos
+  vlpfast-data build classes birds/ data/birds --template 'a photo of a {}, a kind of bird'
+  vlpfast-data build table cc3m.parquet data/cc3m --picture image --caption caption --drop url
+  vlpfast-data build table pairs.tsv data/pairs --picture path --caption title --pictures photos/
+  vlpfast-data build text wiki.jsonl.gz data/wiki --caption text --samples-per-shard 10000
+"""
+
+
+def _add_build(commands) -> None:
+    add = commands.add_parser(
+        "build",
+        help="make shards from folders of pictures, tables, text, documents, videos, audio, volumes, meshes",
+        description=_BUILD_HELP,
+        epilog=_BUILD_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add.add_argument("kind", metavar="KIND", choices=_KINDS, help="see above")
+    add.add_argument("src", metavar="SRC", help="the folder or file to read")
+    add.add_argument("out", metavar="OUT", help="the folder to make")
+    add.add_argument("--prefix", default="train", help="name of the shards (train)")
+    add.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="samples in each tar file (1000)")
+    add.add_argument("--workers", type=_positive, default=os.cpu_count() or 1, metavar="N", help="processes (as many as cores)")
+    # What is not given stays out of the namespace: the defaults, and which kind knows which option, are the library's to say.
+    option = partial(add.add_argument, default=argparse.SUPPRESS)
+    option(
+        "--max-caption",
+        type=_positive,
+        metavar="N",
+        help="longer captions are skipped, in characters (10000; documents 1 million, text 10)",
+    )
+    option("--no-captions", dest="captions", action="store_false", help="inputs without a caption are taken too")
+    option("--no-decode", dest="decode", action="store_false", help="look at the pictures' headers alone: much faster")
+    option("--template", metavar="TEXT", help="classes: the caption, {} stands for the class ('a photo of a {}')")
+    option("--picture", metavar="COLUMN", help="table: the column of pictures (image)")
+    option("--caption", metavar="COLUMN", help="table, text: the column or field of captions (caption; text)")
+    option("--key", metavar="COLUMN", help="table: the column of keys (file and row)")
+    option("--drop", metavar="COLUMN", action="append", help="table: a column to leave out of the JSON; may be repeated")
+    option("--pictures", metavar="FOLDER", help="table, documents: where paths start (the folder of the table or document)")
+    option("--min-similarity", type=float, metavar="X", help="documents: leave out MMC4's pictures with a lower matched_sim")
+    option("--points", type=_positive, metavar="N", help="meshes: points drawn from the surface (8192)")
+    add.set_defaults(command=_build)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from vlpfast.data.build import build
+    from vlpfast.data.inputs import Options
+
+    names = {field.name for field in dataclasses.fields(Options)}
+    given = {name: tuple(value) if name == "drop" else value for name, value in vars(arguments).items() if name in names}
+    report = build(
+        arguments.kind,
+        arguments.src,
+        arguments.out,
+        Options(**given),
+        prefix=arguments.prefix,
+        workers=arguments.workers,
+        samples_per_shard=arguments.samples_per_shard,
+        progress=_progress("inputs"),
+    )
+    print(f"source      {_most(report.files, 8)}")
+    if report.resumed:
+        print(f"resumed     {arguments.out} held a part of this build, or all of it")
+    print(f"built       {report.samples} samples in {report.shards} shards: {arguments.out}/{arguments.prefix}-*.tar")
+    if report.skipped:
+        print(f"skipped     {report.skipped}, listed in {arguments.out}/skipped.jsonl, such as")
+        for reason in report.reasons:
+            print(f"            {reason}")
+    return 0
 
 
 def _vocabulary(text: str) -> int | str:
@@ -143,9 +260,12 @@ def _stamp(path: str) -> int | None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from vlpfast.data.repair import Repair, repair
     from vlpfast.data.shards import verify
 
-    report = verify(arguments.patterns, decode=not arguments.no_decode, progress=_progress("shards"))
+    settings = {"decode": not arguments.no_decode, "captions": not arguments.no_captions, "progress": _progress("shards")}
+    done = repair(arguments.patterns, **settings) if arguments.repair else Repair(verify(arguments.patterns, **settings))
+    report = done.report
     rows = []
     for shard in report.shards:
         damaged = len({key for key, _ in shard.damaged})
@@ -156,7 +276,11 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(f"{os.path.basename(shard.path)}:{key}: {problem}")
     broken = sum(bool(shard.problem) for shard in report.shards)
     print(f"{len(report.shards)} shards, {report.samples} samples: {report.damaged} samples and {broken} shards damaged")
-    return 0 if report.ok else 1
+    for path, kept in done.kept.items():
+        print(f"repaired {path}: {kept} samples; the old one is {path}.bad")
+    for path in done.left:
+        print(f"left {path} as it is: nothing in it is whole")
+    return 0 if report.ok or (arguments.repair and not done.left) else 1
 
 
 def _stats(arguments: argparse.Namespace) -> int:
@@ -167,11 +291,24 @@ def _stats(arguments: argparse.Namespace) -> int:
     print(f"shards      {found.shards}, {_bytes(found.tar_bytes)}")
     print(f"samples     {found.samples}{share}, {_bytes(found.tar_bytes / found.samples)} each")
     print(f"members     {_most(found.extensions, 8)}")
-    print(f"pictures    {_most(Counter({f'{w} x {h}': n for (w, h), n in found.sizes.items()}), 6)}")
+    if found.sizes:
+        print(f"pictures    {_most(Counter({f'{w} x {h}': n for (w, h), n in found.sizes.items()}), 6)}")
+    if found.rates:
+        print(f"rates       {_most(Counter({f'{rate} Hz': n for rate, n in found.rates.items()}), 6)}")
+    if found.durations:
+        lengths = sorted(found.durations)
+        middle = lengths[len(lengths) // 2]
+        print(f"seconds     {lengths[0]:.1f} to {lengths[-1]:.1f}, median {middle:.1f}, together {sum(lengths) / 3600:.2f} hours")
+    if found.volumes:
+        print(f"voxels      {_most(Counter({' x '.join(map(str, shape)): n for shape, n in found.volumes.items()}), 6)}")
+    if found.documents:
+        print(f"documents   {found.documents}, with {found.document_pictures / found.documents:.1f} pictures each")
     print(f"captions    {len(found.words)}, {len(found.vocabulary)} different words")
     print(f"words       {_most(found.vocabulary, 12)}")
     if found.without_picture or found.without_caption:
         print(f"damaged     {found.without_picture} without a readable picture, {found.without_caption} without a caption")
+    if found.damaged_media:
+        print(f"damaged     {found.damaged_media} videos, sounds or volumes that cannot be read")
     seconds = max(found.read_seconds, 1e-9)
     print(
         f"reading     {found.examined / seconds:,.0f} samples/s, {_bytes(found.read_bytes / seconds)}/s (bytes alone, 4 threads)"
@@ -193,17 +330,18 @@ def _preview(arguments: argparse.Namespace) -> int:
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def _progress(what: str) -> Callable[[int, int], None] | None:
+def _progress(what: str) -> Callable[[int, int | None], None] | None:
     """A line on stderr that counts, where stderr is a terminal."""
     if not sys.stderr.isatty():
         return None
     shown = 0.0
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int | None) -> None:
         nonlocal shown
         if done == total or time.monotonic() - shown > 0.1:
             shown = time.monotonic()
-            print(f"\r{done:,} of {total:,} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+            of = "" if total is None else f" of {total:,}"
+            print(f"\r{done:,}{of} {what}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show
 

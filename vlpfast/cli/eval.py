@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{run_dir} is no run folder: it has no config.yaml")
     config = assemble.load_config(run_dir / "config.yaml", arguments.overrides)
     device = choose_device(arguments.device)
-    step, chosen = _find_checkpoint(run_dir / "checkpoints", arguments.checkpoint)
+    step, chosen = find_checkpoint(run_dir / "checkpoints", arguments.checkpoint)
     sources = assemble.prepare_data(config, _evaluation_data(config, arguments.shards))
     tokenizer = load_tokenizer(run_dir / "tokenizer.json") if assemble.data_spec(config).text is not None else None
     model = assemble.build_model(config)
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _find_checkpoint(folder: Path, which: str) -> tuple[int, Path]:
+def find_checkpoint(folder: Path, which: str) -> tuple[int, Path]:
     from vlpfast.training import checkpoint
 
     if which == "latest":

@@ -7,7 +7,6 @@ import json
 import sys
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from vlpfast.cli._run import run
 from vlpfast.types import UserError
@@ -83,9 +82,7 @@ def main(argv: list[str]) -> int:
             f"--profile {arguments.profile} needs {WARM_UP + arguments.profile} steps with the first {WARM_UP}, "
             f"the run has {config.total_steps()}"
         )
-    with joined(config.train) as world, ExitStack() as stack:
-        run_dir = Path(config.train.run_dir)
-        world.in_turn(lambda: stack.enter_context(run_folder.opened(config)) if world.is_first else None)
+    with joined(config.train) as world, run_folder.opened(config) as run_dir, ExitStack() as stack:
         sources = world.in_turn(lambda: assemble.prepare_data(config))
         tokenizer = world.in_turn(lambda: assemble.build_tokenizer(config, sources, run_dir, world.is_first))
         model = assemble.build_model(config)

@@ -8,19 +8,21 @@ import json
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vlpfast.data.mixture import Mixture, check_members, open_sources
 from vlpfast.data.modality import Draws, Modality
-from vlpfast.data.order import epoch_order, rank_share
+from vlpfast.data.order import epoch_order
 from vlpfast.data.pictures import DamagedBatch, DamagedSample
+from vlpfast.data.position import EpochCourse, Position, PureCourse, merge_positions
 from vlpfast.data.shards import ShardSet
 from vlpfast.types import Batch, DataSpec, Loader, Tokenizer, UserError
 
@@ -33,11 +35,6 @@ _MODALITIES = {  # field of DataSpec -> who makes it, loaded when it is asked fo
     "volume": "vlpfast.data.volumes:VolumeModality",
     "points": "vlpfast.data.points:PointsModality",
 }
-
-
-class _Position(NamedTuple):
-    epoch: int
-    cursor: int  # samples of this rank's share that are behind us
 
 
 @dataclass
@@ -53,15 +50,16 @@ class _Sample:
 class _Plan:
     """A batch before its modalities are received: everything that is decided on the host."""
 
-    start: _Position
-    end: _Position
+    start: Position
+    end: Position
     samples: list[_Sample]
+    tickets: np.ndarray  # int64 [B] what random choices are made from (mixture.py)
     left_out: list[int]  # damaged samples between start and end
     batch: Batch
 
 
 def make_loader(
-    patterns: str | Sequence[str],
+    patterns: str | Sequence[str] | Mapping[str, str | Sequence[str]],
     spec: DataSpec,
     tokenizer: Tokenizer | None,
     batch_size: int,
@@ -75,22 +73,30 @@ def make_loader(
     threads: int = 2,
     window: int = 16,
     with_meta: bool = False,
+    weights: Mapping[str, float] | None = None,
+    pure_batches: bool = False,
 ) -> Loader:
     """Batches from WebDataset shards.
 
     Training: endless; every epoch in a new order (order.py), of which each of `world_size` ranks takes as many samples; an
-    incomplete last batch is dropped. Evaluation: one pass in order for each iteration, the last batch short; the ranks'
-    shares cover each sample once. The same seed gives the same samples, crops and order for every back end, device and
-    number of threads.
+    incomplete last batch is dropped: at most world_size * batch_size - 1 samples an epoch. Evaluation: one pass in order for each
+    iteration, the last batch short; the ranks' shares cover each sample once. The same seed gives the same samples, crops and
+    order for every back end, device and number of threads. Ranks share samples, not shards: there may be fewer shards.
+
+    Several sources: an epoch is as many samples as all of them have, divided by the weights to the sample, in random order. A
+    source goes on from epoch to epoch where it stood, in a new order after each pass, so a small one with a large weight
+    repeats. Batch["source"] numbers them in their order. pure_batches: each global batch (world_size * batch_size samples) is of
+    one source; the weights then divide an epoch's batches, and no sample is dropped.
 
     A sample that lacks a modality, with a picture that PIL cannot decode or a caption that is not UTF-8 is left out, logged
     and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in the
     member `json`.
 
-    patterns: shards as ShardSet takes them. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or "auto",
-    which is DALI where it is installed (pictures alone). device: where the batch lies, but for what Batch says lies on the CPU
-    ("cuda:1" also decodes there with DALI). window:
-    shards that are shuffled together. with_meta: adds Batch["meta"], the sample's json member ({} if it has none).
+    patterns: shards as ShardSet takes them, or those of each source by its name. weights: share of the samples by source, of any
+    sum; None: in proportion to the sources' sizes. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or
+    "auto", which is DALI where it is installed (pictures alone). device: where the batch lies, but for what Batch says lies on
+    the CPU ("cuda:1" also decodes there with DALI). window: shards that are shuffled together. with_meta: adds Batch["meta"],
+    the sample's json member ({} if it has none).
     """
     if batch_size < 1 or threads < 1 or window < 1:
         raise ValueError(f"expected batch_size, threads and window of at least 1, got {batch_size}, {threads}, {window}")
@@ -100,21 +106,55 @@ def make_loader(
         raise ValueError("spec: all modalities are None, there is nothing to load")
     if spec.text is not None and tokenizer is None:
         raise ValueError("tokenizer: None, but spec.text asks for captions")
+    if not isinstance(patterns, Mapping) and (weights or pure_batches):
+        raise ValueError("weights and pure_batches need sources: expected patterns by name")
+    if not train and (weights or pure_batches):
+        raise ValueError("weights and pure_batches are for training: evaluation makes one pass in order")
     if backend not in ("auto", "dali", "plain"):
         raise UserError(f'loader: expected "auto", "dali" or "plain", got {backend!r}')
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     modalities = _modalities(spec, threads, batch_size, device, backend)
-    for make in modalities.values():
-        make().close()  # a spec that is refused, or a package that is missing, is told before the first batch
-    shards = ShardSet(patterns, threads=threads)
+    members = {"text": ("txt", "json")} if spec.text is not None else {}
+    for name, make in modalities.items():
+        modality = make()
+        members[name] = modality.members
+        modality.close()  # a spec that is refused, or a package that is missing, is told before the first batch
+    mixture = None
+    if isinstance(patterns, Mapping):
+        shards, mixture = open_sources(patterns, weights or {}, threads=threads)
+        check_members(shards, mixture, members)
+    else:
+        shards = ShardSet(patterns, threads=threads)
     if train and len(shards) // world_size < batch_size:
         raise UserError(
             f"{len(shards)} samples in {len(shards.shards)} shards are fewer than one global batch of {world_size * batch_size}"
             + (f" ({world_size} ranks of {batch_size})" if world_size > 1 else "")
         )
-    return ShardLoader(shards, spec, tokenizer, batch_size, modalities, train, seed, rank, world_size, device, window, with_meta)
+    if pure_batches:
+        course = PureCourse(mixture, seed, window, rank, world_size, batch_size)
+    elif mixture is not None and train:
+        mixture.quotas(mixture.total)  # a source that gets nothing is told now
+        course = EpochCourse(lambda epoch: mixture.epoch_order(seed, epoch, window), len(shards), rank, world_size, equal=True)
+    else:
+        sizes = shards.shard_sizes
+        order = (lambda epoch: epoch_order(sizes, seed, epoch, window)) if train else (lambda epoch: np.arange(len(shards)))
+        course = EpochCourse(order, len(shards), rank, world_size, equal=train)
+    identity = {
+        "fingerprint": shards.fingerprint(),
+        "seed": seed,
+        "window": window,
+        "samples": len(shards),
+        "sources": [[name, size] for name, size in zip(mixture.names, mixture.sizes, strict=True)]
+        if mixture is not None
+        else None,
+        "weights": mixture.weights if mixture is not None else None,
+        "pure_batches": pure_batches,
+        "world_size": world_size,
+        "rank": rank,
+    }
+    return ShardLoader(shards, mixture, course, identity, spec, tokenizer, batch_size, modalities, train, seed, device, with_meta)
 
 
 def _modalities(
@@ -158,36 +198,34 @@ class ShardLoader:
     def __init__(
         self,
         shards: ShardSet,
+        mixture: Mixture | None,
+        course: EpochCourse | PureCourse,
+        identity: dict[str, Any],
         spec: DataSpec,
         tokenizer: Tokenizer | None,
         batch_size: int,
         modalities: dict[str, Callable[[], Modality]],
         train: bool,
         seed: int,
-        rank: int,
-        world_size: int,
         device: torch.device,
-        window: int,
         with_meta: bool,
     ):
         self.batch_size = batch_size
+        self.sources = list(mixture.names) if mixture is not None else []  # what Batch["source"] numbers
         self.skipped: dict[str, str] = {}  # shard.tar:key of each damaged sample met so far -> what was wrong
-        self._shards, self._spec, self._tokenizer, self._makers = shards, spec, tokenizer, modalities
-        self._train, self._seed, self._rank, self._world_size = train, seed, rank, world_size
-        self._device, self._window, self._with_meta = device, window, with_meta
+        self._shards, self._mixture, self._course, self._identity = shards, mixture, course, identity
+        self._spec, self._tokenizer, self._makers = spec, tokenizer, modalities
+        self._train, self._seed, self._device, self._with_meta = train, seed, device, with_meta
         self._wants_json = with_meta or bool(modalities.keys() - {"image"}) or (spec.image is not None and spec.image.boxes != "")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._fingerprint = shards.fingerprint()
-        self._position = _Position(0, 0)
+        self._position = course.start()
         self._loaded = False  # a position was loaded that the next iteration starts from
         self._damaged: dict[int, str] = {}  # known to the thread that works ahead
-        self._share: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # epoch, this rank's order
+        self._left_out_last: list[int] = []  # damaged samples behind the last batch of an evaluation pass
         self._iteration: Callable[[], Any] = lambda: None  # weak reference
 
     def __len__(self) -> int:
-        if self._train:
-            return len(self._shards) // self._world_size // self.batch_size
-        return -(-len(self._order(0)) // self.batch_size)
+        return self._course.batches(self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
@@ -196,16 +234,27 @@ class ShardLoader:
         return iteration
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._identity(), **self._position._asdict(), "skipped": dict(self.skipped)}
+        position = {**self._position._asdict(), "remainders": self._course.remainders(self._position)}
+        return {**self._identity, **position, "skipped": dict(self.skipped)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError if the position was saved for other data, another seed, window or number of ranks."""
-        for name, here in self._identity().items():
-            if state[name] != here:
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """state: one that this rank saved, or those of all ranks in their order, whatever their number: with as many ranks as now
+        each takes its own, else all of them go on together where those stopped (position.merge_positions). The batch size may be
+        another (what a rank has left out of an epoch's last batch, at the old size, stays left out if it takes its own).
+
+        Raises UserError if the position was saved for other data, sources, seed or window, or one alone by another rank.
+        """
+        if not isinstance(state, Mapping):
+            same = len(state) == self._identity["world_size"]
+            state = state[self._identity["rank"]] if same else merge_positions(state)
+        for name, here in self._identity.items():
+            if state[name] != here and not (name in ("world_size", "rank") and state[name] is None):  # None: merged
                 raise UserError(f"the data position was saved with {name} {state[name]!r}, this run has {here!r}")
         self.close()
-        self._position = _Position(state["epoch"], state["cursor"])
+        self._course.restore(state["remainders"])
+        self._position = Position(**{name: state[name] for name in Position._fields})
         self._loaded = True
+        self._damaged = {}
         self.skipped = dict(state["skipped"])
 
     def close(self) -> None:
@@ -213,18 +262,10 @@ class ShardLoader:
         if iteration is not None:
             iteration.close()
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self._fingerprint,
-            "seed": self._seed,
-            "window": self._window,
-            "world_size": self._world_size,
-        }
-
     def _iterate(self) -> Iterator[Batch]:
         if not self._train and not self._loaded:
-            self._position = _Position(0, 0)
-        self._loaded = False
+            self._position = self._course.start()
+        self._loaded, self._left_out_last = False, []
         produced = self._produce(self._position)
         pool = ThreadPoolExecutor(1, thread_name_prefix="vlpfast-loader")
         try:
@@ -232,20 +273,24 @@ class ShardLoader:
             while (plan := waiting.popleft().result()) is not None:
                 waiting.append(pool.submit(next, produced, None))
                 self._position = plan.end
-                for index in plan.left_out:
-                    if (name := self._shards.name(index)) not in self.skipped:
-                        self.skipped[name] = self._damaged[index]
-                        _log.warning("left out %s: %s", name, self._damaged[index])
+                self._note(plan.left_out)
                 if self._stream is not None:
                     for value in plan.batch.values():
                         if isinstance(value, Tensor) and value.is_cuda:
                             value.record_stream(torch.cuda.current_stream(self._device))
                 yield plan.batch
+            self._note(self._left_out_last)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             produced.close()
 
-    def _produce(self, position: _Position) -> Iterator[_Plan]:
+    def _note(self, left_out: list[int]) -> None:
+        for index in left_out:
+            if (name := self._shards.name(index)) not in self.skipped:
+                self.skipped[name] = self._damaged[index]
+                _log.warning("left out %s: %s", name, self._damaged[index])
+
+    def _produce(self, position: Position) -> Iterator[_Plan]:
         """Plans with whole batches, from `position` on; runs in the thread that works ahead."""
         modalities = {}
         with contextlib.ExitStack() as stack:
@@ -282,7 +327,7 @@ class ShardLoader:
                 yield plan
 
     def _submit(self, modalities: dict[str, Modality], plan: _Plan) -> None:
-        draws = Draws(self._seed, plan.end.epoch, plan.batch["index"].numpy(), self._train)
+        draws = Draws(self._seed, plan.end.epoch, plan.tickets, self._train)
         records = [sample.meta for sample in plan.samples]
         for name, modality in modalities.items():
             contents, infos = ([getattr(sample, of)[name] for sample in plan.samples] for of in ("contents", "infos"))
@@ -290,40 +335,44 @@ class ShardLoader:
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._share[0] != epoch:
-            if self._train:
-                order = epoch_order(self._shards.shard_sizes, self._seed, epoch, self._window)
-            else:
-                order = np.arange(len(self._shards))
-            self._share = epoch, rank_share(order, self._rank, self._world_size, equal=self._train)
-        return self._share[1]
-
-    def _plan(self, modalities: dict[str, Modality], start: _Position) -> _Plan | None:
+    def _plan(self, modalities: dict[str, Modality], start: Position) -> _Plan | None:
         """The next batch from `start` on; None at the end of an evaluation pass. What it holds does not depend on when
         damage is found.
         """
-        epoch, cursor = start
+        position = start
         left_out: list[int] = []
         while True:
-            order, first = self._order(epoch), cursor
+            begun, seen = position, 0
             samples: list[_Sample] = []
-            while missing := min(self.batch_size - len(samples), len(order) - cursor):
-                taken = order[cursor : cursor + missing].tolist()
-                cursor += missing
-                samples += self._read(modalities, [index for index in taken if index not in self._damaged])
-                left_out += [index for index in taken if index in self._damaged]
-            if len(samples) == self.batch_size or (samples and not self._train):
-                return self._assemble(_Plan(start, _Position(epoch, cursor), samples, left_out, {}))
-            if first == 0 and len(order):
+            tickets: list[int] = []
+            # The limit is met only where sources do not end, by one without enough whole samples for a batch.
+            while (missing := self.batch_size - len(samples)) and seen <= len(self._shards) + self.batch_size:
+                taken, position = self._course.take(position, missing)
+                if not len(taken):
+                    break
+                seen += len(taken)
+                indices = (taken % len(self._shards)).tolist()
+                self._damaged |= {index: problem for index in indices if (problem := self._shards.problem(index))}
+                samples += self._read(modalities, [index for index in indices if index not in self._damaged])
+                good = [index not in self._damaged for index in indices]
+                tickets += taken[good].tolist()
+                left_out += [index for index in indices if index in self._damaged]
+            if not missing or (samples and not self._train):
+                end = self._course.finished(position)
+                plan = self._assemble(_Plan(start, end, samples, np.array(tickets), left_out, {}))
+                if self._mixture is not None:
+                    plan.batch["source"] = torch.from_numpy(self._mixture.source_of(plan.batch["index"].numpy()))
+                return plan
+            if seen and self._course.untouched(begun):
                 reasons = "; ".join(f"{self._shards.name(index)}: {self._damaged[index]}" for index in left_out[:3])
                 raise UserError(
-                    f"too few samples can be used: {len(left_out)} of this rank's {len(order)} are damaged, "
+                    f"too few samples can be used: {len(left_out)} of this rank's {seen} are damaged, "
                     f"a batch takes {self.batch_size if self._train else 'at least 1'} ({reasons})"
                 )
             if not self._train:
+                self._left_out_last = left_out
                 return None
-            epoch, cursor = epoch + 1, 0
+            position = self._course.next_epoch(begun)
 
     def _read(self, modalities: dict[str, Modality], indices: list[int]) -> list[_Sample]:
         """Those of the samples that can be used, as far as can be told without decoding; the others are noted in _damaged."""
@@ -336,6 +385,9 @@ class ShardLoader:
         for place, index in enumerate(indices):
             contents = {name: column[place] for name, column in members.items()}
             try:
+                # Found before this run was resumed, perhaps by other draws.
+                if (name := self._shards.name(index)) in self.skipped:
+                    raise DamagedSample(self.skipped[name])
                 record = _parse_json(records.get(place))
                 infos = {name: modality.inspect(contents[name], record) for name, modality in modalities.items()}
                 caption = _caption(captions[place], record) if self._spec.text is not None else ""
@@ -362,7 +414,7 @@ def _parse_json(content: np.ndarray | None) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(content.tobytes())
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one; brackets within brackets without end
         raise DamagedSample(f"the json member cannot be parsed: {error}") from error
     if not isinstance(record, dict):
         raise DamagedSample(f"the json member is a {type(record).__name__}, expected an object")
@@ -378,4 +430,8 @@ def _caption(text: np.ndarray | None, record: dict[str, Any]) -> str:
     caption = record.get("caption")
     if not isinstance(caption, str):
         raise DamagedSample('no caption (a member txt, or a member json with a text "caption")')
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # "\ud800": JSON can say what no text may hold, and tokenizers refuse
+        raise DamagedSample(f"the caption is not a text: {error}") from error
     return caption

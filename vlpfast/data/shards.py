@@ -1,8 +1,10 @@
 """WebDataset shards: writing them, finding them, reading any sample of them, checking them.
 
 A shard is a tar; the members of a sample follow each other and share their key: the path up to the first dot of the file name.
-What comes after that dot, in lower case, says what the member is (`jpg`, `txt`, `json`, ...). Members without a dot and hidden
-files belong to no sample.
+What comes after that dot, in lower case, says what the member is (`jpg`, `txt`, `json`, ...). Members without a dot, hidden
+files, folders, links, devices and sparse files belong to no sample: they are passed over. Nothing is ever unpacked; a sample
+whose name is absolute or has a part `..` is left out all the same, and so is one that has a member twice, since nobody can tell
+which of the two goes with the rest (ShardSet.problem).
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ except ImportError as error:
     _log.warning("the native shard reader is not built (%s): shards are read in plain Python, slower", error)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov")
+AUDIO_EXTENSIONS = ("wav", "flac", "ogg", "opus", "mp3")
 
+NOT_CLOSED = "lacks the two zero blocks at its end: it may have been cut short between two members"
 _MAX_OPEN = 256  # descriptors that one ShardSet holds at most
 
 
@@ -114,9 +119,11 @@ def _write_aside(path: str, content: bytes) -> None:
 class ShardWriter:
     """Writes samples into FOLDER/PREFIX-000000.tar and so on, each with its index. A shard appears under its name only when it is
     whole. The bytes depend on nothing but what is written. As a context manager it finishes the last shard, or drops it when an
-    exception passes through. `shards`: the paths of those that are finished."""
+    exception passes through. `shards`: the paths of those that are finished. go_on: behind the shards that are there."""
 
-    def __init__(self, folder: str | os.PathLike[str], prefix: str, *, samples_per_shard: int = 1000) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], prefix: str, *, samples_per_shard: int = 1000, go_on: bool = False
+    ) -> None:
         if samples_per_shard < 1:
             raise ValueError(f"samples_per_shard: expected at least 1, got {samples_per_shard}")
         if not re.fullmatch(r"[^\s/.{}*?\[\]]+", prefix):
@@ -125,7 +132,10 @@ class ShardWriter:
         self.shards: list[str] = []
         self._file: io.BufferedWriter | None = None
         os.makedirs(self.folder, exist_ok=True)
-        if old := glob.glob(os.path.join(glob.escape(self.folder), f"{prefix}-[0-9]*.tar")):
+        old = sorted(glob.glob(os.path.join(glob.escape(self.folder), f"{prefix}-[0-9]*.tar")))
+        if go_on:
+            self.shards = old
+        elif old:
             raise UserError(f"{self.folder} already holds {len(old)} shards named {prefix}: remove them or take another folder")
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
@@ -228,6 +238,11 @@ class ShardSet:
             raise IndexError(f"sample {i} of {len(self)}")
         return (int(ends[i - 1]) if i else 0), int(ends[i])
 
+    @property
+    def extension_names(self) -> list[str]:
+        """All extensions that occur."""
+        return list(self._extensions)
+
     def key(self, i: int) -> str:
         start, end = self._bounds(self._key_ends, i)
         return self._keys[start:end].decode("utf-8", "backslashreplace")
@@ -239,6 +254,19 @@ class ShardSet:
     def extensions(self, i: int) -> tuple[str, ...]:
         start, end = self._bounds(self._ends, i)
         return tuple(self._extensions[e] for e in self._extension_ids[start:end].tolist())
+
+    def problem(self, i: int) -> str:
+        """Why a sample must not be used, whatever its members hold; empty: it may be."""
+        start, end = self._bounds(self._ends, i)
+        ids = self._extension_ids[start:end].tolist()
+        if len(set(ids)) < len(ids):
+            twice = next(name for name in ids if ids.count(name) > 1)
+            return f"it has the member {self._extensions[twice]} twice"
+        start, end = self._bounds(self._key_ends, i)
+        key = self._keys[start:end]
+        if key.startswith(b"/") or b".." in key.split(b"/"):
+            return "its name leads out of the shard"
+        return ""
 
     def read(self, indices: Sequence[int] | np.ndarray, extensions: Sequence[str]) -> list[np.ndarray | None]:
         """For each sample the bytes (uint8) of its member with the first of these extensions that it has; None if it has none of
@@ -303,6 +331,8 @@ class ShardReport:
     samples: int = 0
     problem: str = ""  # of the file as a whole; empty: none
     damaged: list[tuple[str, str]] = field(default_factory=list)  # key of a sample, what is wrong with it
+    bad: set[int] = field(default_factory=set)  # samples with something wrong beside their key
+    repeated: set[int] = field(default_factory=set)  # samples with a key that one before them has
 
 
 @dataclass
@@ -327,44 +357,54 @@ def verify(
     patterns: str | Sequence[str],
     *,
     decode: bool = True,
+    captions: bool = True,
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Reads every shard from end to end, whatever its index says, and of every sample its picture (decoded; its header alone if
-    decode is False), its caption (member `txt`, else "caption" in `json`) and its key (only one sample of the whole set may have
-    it). Damage is reported, not raised; of a damaged shard, what comes before the damage is checked. progress(shards done,
-    shards) is called after each."""
+    decode is False), its caption (member `txt`, else "caption" in `json`; not asked for if captions is False) and its key (only
+    one sample of the whole set may have it). Of shards without pictures: what content.needs says. Damage is reported, not raised;
+    of a damaged shard, what comes before the damage is checked. progress(shards done, shards) is called after each."""
     paths = _match(patterns)
     report = Report()
     used: dict[str, str] = {}  # key -> the shard that has it
     with ThreadPoolExecutor(threads) as pool:
         for path in paths:
-            report.shards.append(_verify_shard(path, decode, threads, pool, used))
+            report.shards.append(_verify_shard(path, decode, captions, threads, pool, used))
             if progress is not None:
                 progress(len(report.shards), len(paths))
     return report
 
 
-def _verify_shard(path: str, decode: bool, threads: int, pool: ThreadPoolExecutor, used: dict[str, str]) -> ShardReport:
+def _verify_shard(
+    path: str, decode: bool, captions: bool, threads: int, pool: ThreadPoolExecutor, used: dict[str, str]
+) -> ShardReport:
+    from vlpfast.data import content  # which needs this module
+    from vlpfast.data.media_info import MissingPackage
+
     report = ShardReport(path)
     try:
         table = _native.load([path], [""], 1)[0]  # the archive itself, not its index
         report.problem = _problem(path, table) if table.file_size else "is empty (0 bytes)"
         if not report.problem and not table.complete:
-            report.problem = "lacks the two zero blocks at its end: it may have been cut short between two members"
+            report.problem = NOT_CLOSED
         shard = object.__new__(ShardSet)  # without the check that refuses damaged shards
         shard._fill([path], [table], threads)
         report.samples = len(shard)
+        wanted = content.needs(shard, captions)
         for start in range(0, len(shard), 64):
             samples = range(start, min(start + 64, len(shard)))
-            pictures, texts, metas = (shard.read(samples, names) for names in (IMAGE_EXTENSIONS, ("txt",), ("json",)))
-            wrong = pool.map(lambda content: _picture_problem(content, decode), pictures)
-            for i, picture, text, meta in zip(samples, wrong, texts, metas, strict=True):
+            for i, wrong in zip(samples, content.problems(shard, samples, wanted, decode, pool), strict=True):
                 key = shard.key(i)
                 first = used.setdefault(key, f"{path}:{i}")
-                repeated = "" if first == f"{path}:{i}" else f"its key is also in {first.rpartition(':')[0]}"
-                problems = (picture, _caption_problem(text, meta), repeated)
-                report.damaged += [(key, problem) for problem in problems if problem]
+                report.damaged += [(key, problem) for problem in wrong]
+                if wrong:
+                    report.bad.add(i)
+                if first != f"{path}:{i}":
+                    report.damaged.append((key, f"its key is also in {first.rpartition(':')[0]}"))
+                    report.repeated.add(i)
+    except MissingPackage:
+        raise
     except OSError as error:
         report.problem = f"cannot be read: {error.strerror}"
     except UserError as error:
@@ -391,8 +431,10 @@ def _caption_problem(text: np.ndarray | None, meta: np.ndarray | None) -> str:
             text.tobytes().decode()
         elif meta is None:
             return 'no caption (a member txt, or "caption" in json)'
-        elif not isinstance(json.loads(meta.tobytes()).get("caption"), str):
+        elif not isinstance(caption := json.loads(meta.tobytes()).get("caption"), str):
             return 'no caption: its json has no text under "caption"'
-    except (ValueError, AttributeError) as error:
+        else:
+            caption.encode()
+    except (ValueError, AttributeError, RecursionError) as error:
         return f"its caption cannot be read: {error}"
     return ""

@@ -1,12 +1,17 @@
 """Checkpoints: written aside, checked, renamed; the newest one that is whole is found again.
 
 checkpoints/step-00000500/
-    *.distcp, .metadata   tensors of the model and the optimiser by name, in torch.distributed.checkpoint's format
+    *.distcp, .metadata   tensors of the model and the optimiser by name, in torch.distributed.checkpoint's format: one .distcp
+                          file of each process, with its shards of DTensors and its share of what all processes hold
     state.json            everything else: position, model, and for each process its random generators and its loader
     manifest.json         size and CRC-32 of every other file; written last
 
 A checkpoint is written into a folder whose name ends in `.tmp` and renamed when every byte is on the disk, so a folder named
 step-N was whole when it appeared. What has happened to it since, the manifest shows.
+
+Where a process group exists, every process calls these functions, and all of them return or all raise: none waits for one
+that has failed. Any number of processes reads what any other number wrote. A tensor that is no DTensor is taken to be the same
+in every process.
 """
 
 from __future__ import annotations
@@ -19,59 +24,57 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vlpfast.training.checkpoint_reader import Reader
 from vlpfast.training.config import differences
-from vlpfast.types import UserError
+from vlpfast.training.together import on_all, on_first, rank, reason
+from vlpfast.types import PeerError, UserError
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
     """Writes folder/step-N with `state` (plain JSON values) beside the tensors, then removes all but the newest `keep`.
 
-    UserError: the disk is full or cannot be written. The half-written folder is removed, earlier checkpoints are as they were.
+    With several processes `state` is that of process 0; group: what they agree through, if not the default one.
+    UserError: the disk is full or cannot be written, for any process. The half-written folder is removed, earlier checkpoints
+    are as they were.
     """
-    final = folder / f"step-{step:08d}"
-    aside = folder / f"{final.name}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        with _one_process():
-            tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside))  # it calls fsync on its files
-        _write_json(aside / "state.json", {"format": FORMAT, "step": step, **state})
-        _write_json(aside / "manifest.json", {path.name: _fingerprint(path) for path in sorted(aside.iterdir())})
-        _sync_folder(aside)
-        os.rename(aside, final)
-        _sync_folder(folder)
-    except (OSError, CheckpointException) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {final} could not be saved: {_reason(error)}; the earlier checkpoints are untouched: "
-            "make room and start again with the same train.run_dir"
-        ) from error
-    for _, old in _finished(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+    return write(folder, step, collect(model, optimizer), encode(step, state), keep, group)
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a sentence about each half-written or damaged one that was passed over.
 
+    Newest by step: clocks do not matter. Process 0 looks for all.
     UserError: there are finished checkpoints and none of them is whole. Starting afresh would be a loss that nobody asked for.
     """
+    return on_first(lambda: _find_newest(folder))
+
+
+def _find_newest(folder: Path) -> tuple[Path | None, list[str]]:
     notes = [f"{path} is half-written: passed over" for path in sorted(folder.glob("step-*.tmp"))]
     for _, path in _finished(folder):
         damage = damaged(path)
@@ -85,14 +88,28 @@ def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def set_aside(folder: Path, newest: Path | None) -> None:
-    """Removes half-written checkpoints and renames damaged ones newer than `newest` to *.damaged, out of the way of new ones."""
-    for path in folder.glob("step-*.tmp"):
+    """Removes half-written and half-removed checkpoints, and renames damaged ones newer than `newest` to *.damaged, out of the
+    way of new ones."""
+    on_first(lambda: _set_aside(folder, newest))
+
+
+def _set_aside(folder: Path, newest: Path | None) -> None:
+    for path in (*folder.glob("step-*.tmp"), *folder.glob("step-*.old")):
         shutil.rmtree(path)
     for _, path in _finished(folder):
         if path == newest:
             return
         shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
         path.rename(path.with_suffix(".damaged"))
+
+
+def _remove(path: Path) -> None:
+    """Renamed first: what a kill leaves of it must not look like a checkpoint."""
+    old = path.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # the new checkpoint is there, which counts
+        path.rename(old)
+        shutil.rmtree(old)
 
 
 def damaged(path: Path) -> str:
@@ -147,8 +164,8 @@ def load_weights(source: str | Path, model: nn.Module) -> str:
                     f"{path}: expected a run folder with checkpoints, a checkpoint or a .safetensors file; it has no checkpoint"
                 )
             path = newest
-        elif damaged(path):
-            raise UserError(f"{path} is damaged: {damaged(path)}")
+        elif damage := on_first(lambda: damaged(path)):
+            raise UserError(f"{path} is damaged: {damage}")
         _load_model(path, model)
         return str(path)
     try:
@@ -160,21 +177,98 @@ def load_weights(source: str | Path, model: nn.Module) -> str:
     if hasattr(model, "convert"):
         tensors = model.convert(tensors)
     _check_fit(path, {name: tensor.shape for name, tensor in tensors.items()}, model)
+    for name, own in model.state_dict().items():
+        if isinstance(own, DTensor):  # every process has read the whole file: it takes its own part, and nothing is sent
+            whole = tensors[name].to(own.device)
+            tensors[name] = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
     model.load_state_dict(tensors)
     return str(path)
 
 
 def export(model: nn.Module, path: Path) -> None:
-    """The model's state as a .safetensors file, written aside and renamed."""
-    # Copies: tied weights share memory, which the format does not allow.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    """The model's state as a .safetensors file, written aside and renamed by process 0, which gathers DTensors for it."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank() == 0:
+            # Copies: tied weights share memory, which the format does not allow.
+            tensors[name] = whole.detach().cpu().contiguous().clone()
+    on_first(lambda: _export(tensors, path))
+
+
+def _export(tensors: dict[str, Tensor], path: Path) -> None:
     aside = path.with_suffix(".tmp")
     try:
         save_file(tensors, aside, metadata={"format": "pt"})
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be saved: {_reason(error)}") from error
+        raise UserError(f"{path} could not be saved: {reason(error)}") from error
+
+
+def write(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: str,
+    keep: int,
+    group: dist.ProcessGroup | None,
+    planner: dcp.DefaultSavePlanner | None = None,
+) -> Path:
+    """save, from what collect and encode give. planner: where the bytes come from, if not from the tensors; on the host then."""
+    final = folder / f"step-{step:08d}"
+    aside = folder / f"{final.name}.tmp"
+
+    def make_aside() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+
+    def write_tensors() -> dict[str, Any]:
+        ahead = 10_000_000 if planner is None else 0  # bytes on their way from a GPU, for which its stream is waited for
+        with _one_process():
+            # It calls fsync on its files.
+            writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=ahead)
+            dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+        return {path.name: _fingerprint(path) for path in aside.glob(f"__{rank()}_*")}
+
+    def finish() -> None:
+        for writer, part in enumerate(parts):
+            for name, written in part.items():
+                if not (aside / name).exists() or (aside / name).stat().st_size != written["size"]:
+                    raise UserError(
+                        f"process 0 does not find {name} of process {writer} in {aside}: train.run_dir has to lie on a file "
+                        "system that all machines share"
+                    )
+        _write_text(aside / "state.json", state)
+        prints = {name: written for part in parts for name, written in part.items()}
+        for path in aside.iterdir():
+            if path.name not in prints:
+                prints[path.name] = _fingerprint(path)
+        _write_text(aside / "manifest.json", json.dumps(dict(sorted(prints.items()))))
+        _sync_folder(aside)
+        os.rename(aside, final)
+        _sync_folder(folder)
+        for _, old in _finished(folder)[keep:]:
+            _remove(old)
+
+    try:
+        on_first(make_aside, group)
+        parts = on_all(write_tensors, group)
+        on_first(finish, group)
+    except (OSError, CheckpointException, UserError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        told = isinstance(error, PeerError) or (isinstance(error, CheckpointException) and rank() not in error.failures)
+        raise (PeerError if told else UserError)(
+            f"checkpoint {final} could not be saved: {reason(error)}; the earlier checkpoints are untouched: "
+            "make room and start again with the same train.run_dir"
+        ) from error
+    return final
+
+
+def encode(step: int, state: dict[str, Any]) -> str:
+    """What state.json will hold. TypeError: a value that JSON has not."""
+    return json.dumps({"format": FORMAT, "step": step, **state})
 
 
 @contextmanager
@@ -185,6 +279,12 @@ def _one_process() -> Iterator[None]:
         yield
 
 
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, themselves. TypeError: a state of the optimiser that could not be put back."""
+    # The model first: FSDP2 puts its shards back in place of whole parameters when it is asked for a state_dict.
+    return {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
+
+
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
 
@@ -192,18 +292,22 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     # Keyed by parameter name, not by position: the same file whatever the order of groups, and one that many processes can write
     # together. Learning rates and decays follow from the configuration and are not stored.
-    return {
-        f"optimizer.{key}.{name}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor) or (isinstance(value, DTensor) and value.shape != parameter.shape):
+                raise TypeError(
+                    f"optimizer.state[{name!r}][{key!r}]: expected a tensor, and a DTensor only of its parameter's shape "
+                    f"{list(parameter.shape)}, got {type(value).__name__} {list(getattr(value, 'shape', []))}"
+                )
+            tensors[f"optimizer.{key}.{name}"] = value
+    return tensors
 
 
 def _load_model(path: Path, model: nn.Module) -> None:
     stored = {name.removeprefix("model."): entry.size for name, entry in _stored(path) if name.startswith("model.")}
     _check_fit(path, stored, model)
-    with _one_process():
-        dcp.load(_model_tensors(model), storage_reader=dcp.FileSystemReader(path))
+    _read(path, _model_tensors(model))
 
 
 def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -221,12 +325,20 @@ def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             else:
                 tensor = torch.zeros(entry.size, dtype=entry.properties.dtype, device=parameter.device)
             optimizer.state[parameter][key] = tensors[entry_name] = tensor
-    with _one_process():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
+    _read(path, tensors)
 
 
-def _stored(path: Path) -> Iterator[tuple[str, Any]]:
-    return iter(dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items())
+def _read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills the tensors, or the parts that this process has of DTensors."""
+    try:
+        with _one_process():
+            dcp.load(tensors, storage_reader=Reader(path))
+    except CheckpointException as error:  # a BaseException, which no caller expects
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def _stored(path: Path) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    return iter(Reader(path).read_metadata().state_dict_metadata.items())
 
 
 def _check_fit(path: Path, stored: dict[str, torch.Size], model: nn.Module) -> None:
@@ -258,9 +370,9 @@ def _fingerprint(path: Path) -> dict[str, int]:
     return {"size": size, "crc32": crc}
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_text(path: Path, text: str) -> None:
     with open(path, "w") as file:
-        json.dump(value, file)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -273,14 +385,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    """The system's words (no space left on device), which torch reports as the context of an error of its own."""
-    nested = [failure[0] for failure in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-    cause: BaseException | None = nested[0]
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return str(nested[0]) or type(nested[0]).__name__

@@ -40,9 +40,19 @@ class Stage:
 
 
 @dataclass
+class Source:
+    """One of several sources of training samples."""
+
+    shards: list[str] = field(default_factory=list)  # patterns of tar files
+    weight: float | None = None  # share of the samples, of any sum; null, in all sources: in proportion to their sizes
+
+
+@dataclass
 class DataConfig:
     source: Literal["emojiworld", "shards"] = "emojiworld"  # the embedded data, or WebDataset shards of your own
     train: list[str] = field(default_factory=list)  # shards: patterns of tar files, e.g. "data/cc3m-{000..331}.tar"
+    mixture: dict[str, Source] = field(default_factory=dict)  # shards: several sources by name, in place of train
+    pure_batches: bool = False  # mixture: every batch, over all processes, is of one source
     heldout: list[str] = field(default_factory=list)  # shards: the same for evaluation; empty: no evaluation
     num_scenes: int = 20_000  # emojiworld: training pictures
     num_heldout: int = 1_000  # emojiworld: held-out pictures of two objects (retrieval), and as many of one (zero-shot)
@@ -77,6 +87,7 @@ class TrainConfig:
     deterministic: bool = False  # deterministic algorithms on a GPU too: slower, and a resumed run is equal bit for bit there
     checkpoint_every: int = 500  # steps; 0: only at the end
     keep_checkpoints: int = 2
+    async_checkpoint: bool | None = None  # written while training goes on, from a copy in host memory; null: on a GPU
     max_nonfinite: int = 10  # steps skipped for a loss or gradient that is not finite before the run stops
     log_seconds: float = 10.0  # between lines where stderr is no terminal
     tensorboard_every: int = 10  # steps; 0: none
@@ -134,6 +145,7 @@ MAY_CHANGE = (
     "train.device",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.async_checkpoint",
     "train.max_nonfinite",
     "train.log_seconds",
     "train.tensorboard_every",
@@ -343,7 +355,26 @@ def _validate(config: RunConfig) -> None:
         raise UserError("train.run_dir: expected a folder, got an empty string")
     for name, stage in config.stage_list():
         data = stage_data(config, name, stage)
-        if data.source == "shards" and not data.train:
-            raise UserError('data.train: expected patterns of tar files such as ["data/train-{000..009}.tar"], got none')
-        if data.source == "emojiworld" and (data.train or data.heldout):
-            raise UserError("data.train and data.heldout are patterns of your own shards: set data.source=shards with them")
+        _validate_data(data)
+
+
+def _validate_data(data: DataConfig) -> None:
+    if data.source == "shards" and not data.train and not data.mixture:
+        raise UserError('data.train: expected patterns of tar files such as ["data/train-{000..009}.tar"], got none')
+    if data.source == "emojiworld" and (data.train or data.heldout or data.mixture):
+        raise UserError("data.train, data.mixture and data.heldout name your own shards: set data.source=shards with them")
+    if data.train and data.mixture:
+        raise UserError("data.train and data.mixture: expected one of them, got both")
+    if data.pure_batches and not data.mixture:
+        raise UserError("data.pure_batches: batches of one source each need data.mixture, which is empty")
+    for name, source in data.mixture.items():
+        if not source.shards:
+            others = [other for other in data.mixture if other != name]
+            near = get_close_matches(name, others, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"data.mixture.{name}.shards: expected patterns of tar files, got none{hint}")
+        if source.weight is not None and not 0 < source.weight < float("inf"):
+            raise UserError(f"data.mixture.{name}.weight: expected a number above 0, got {source.weight}")
+    without = [name for name, source in data.mixture.items() if source.weight is None]
+    if 0 < len(without) < len(data.mixture):
+        raise UserError(f"data.mixture.{without[0]}.weight: expected a weight for every source or for none, got none here")

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ import yaml
 
 import vlpfast
 from vlpfast.training.config import MAY_CHANGE, RunConfig, differences, to_dict, to_yaml
+from vlpfast.training.together import on_first
 from vlpfast.types import UserError
 
 try:
@@ -37,41 +38,64 @@ def has_begun(run_dir: Path) -> bool:
 
 @contextmanager
 def full_disk_named(run_dir: Path) -> Iterator[None]:
-    """Turns the system's error for a full disk into a UserError."""
+    """Turns the system's error for a full disk, or one that cannot be used, into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        cures = {
+            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+            **dict.fromkeys((errno.EACCES, errno.EPERM), "allow access to it"),
+            errno.EROFS: "make it writable",
+            **dict.fromkeys((errno.EIO, errno.ESTALE), "mend the disk"),
+        }
+        if error.errno not in cures:
             raise
         where = error.filename or run_dir
-        raise UserError(f"{where}: {error.strerror}; the checkpoints are untouched: make room and start again") from error
+        cure = cures[error.errno]
+        raise UserError(f"{where}: {error.strerror}; the checkpoints are untouched: {cure} and start again") from error
 
 
 @contextmanager
 def opened(config: RunConfig) -> Iterator[Path]:
-    """Makes or enters the run folder, writes config.yaml and environment.json, and keeps other processes out.
+    """Makes or enters the run folder, writes config.yaml and environment.json, and keeps other runs out.
 
+    Where a process group exists, process 0 does it for all of them.
     UserError: a run with other settings has begun there, another process is at work there, or the folder cannot be written.
     """
     run_dir = Path(config.train.run_dir)
-    with full_disk_named(run_dir):
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock = open(run_dir / ".lock", "a")  # noqa: SIM115
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            raise UserError(f"train.run_dir: {run_dir} cannot be used as a folder: {error.strerror}") from error
-        with lock:
-            if fcntl is not None:
-                # A POSIX lock is the process's own: gone with it however it ends, and not inherited by what it starts.
-                try:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError) as error:
-                    raise UserError(f"train.run_dir: another process is training in {run_dir}") from error
-            if has_begun(run_dir):
-                _check_same(config, run_dir)
-            replace(run_dir / "config.yaml", to_yaml(config))
-            replace(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
-            yield run_dir
+    with ExitStack() as held, full_disk_named(run_dir):
+        on_first(lambda: held.enter_context(_opened(config, run_dir)))
+        yield run_dir
+
+
+@contextmanager
+def _opened(config: RunConfig, run_dir: Path) -> Iterator[None]:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(run_dir / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"train.run_dir: {run_dir} cannot be used as a folder: {error.strerror}") from error
+    with lock:
+        if fcntl is not None:
+            # A POSIX lock is the process's own: gone with it however it ends, and not inherited by what it starts.
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                raise UserError(f"train.run_dir: another process is training in {run_dir}") from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise
+                print(
+                    f"{run_dir} is on a file system without locks ({error.strerror}): make sure that no other run uses it",
+                    file=sys.stderr,
+                )
+        if has_begun(run_dir):
+            _check_same(config, run_dir)
+        replace(run_dir / "config.yaml", to_yaml(config))
+        replace(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        yield
 
 
 def replace(path: Path, text: str) -> None:

@@ -27,13 +27,14 @@ from vlpfast.training.precision import use_bfloat16
 from vlpfast.training.profiling import Profiler
 from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
+from vlpfast.training.saver import Saver
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
 from vlpfast.training.timing import LastGradient, Marks, peak_memory
 from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, SplitsContrastive, UserError
 
 EXIT_PREEMPTED = 75  # what a command ends with after SIGTERM or SIGUSR1, the position saved: start it again to go on
 _RANK_SEEDS = 1_000_003  # between the seeds of two ranks
-ON_HOST = ("index", "crop")  # fields of a batch that stay on the CPU
+ON_HOST = ("index", "source", "crop")  # fields of a batch that stay on the CPU
 
 
 @dataclass
@@ -123,7 +124,7 @@ class Trainer:
     def _fit(self) -> bool:
         folder = self.run_dir / "checkpoints"
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        newest, notes = self.world.in_turn(lambda: _find_checkpoint(folder))
+        newest, notes = checkpoint.find_newest(folder)
         stages = self.config.stage_list()
         names = [name for name, _ in stages]
         state = None
@@ -132,6 +133,7 @@ class Trainer:
             self.position = Position(**state["position"])
             if self.position.stage not in names:
                 raise UserError(f"{newest} was saved in stage {self.position.stage!r}; the configuration has {', '.join(names)}")
+        checkpoint.set_aside(folder, newest)
         self._saved_step = start = self.position.step
         first = names.index(self.position.stage) if state else 0
         for name, stage in stages[:first]:  # a stage without a mode keeps that of the stage before
@@ -149,6 +151,9 @@ class Trainer:
             self._evaluations = JsonLines(self.run_dir / "evaluation.jsonl", lambda line: line["step"] <= evaluated)
             self._board = TensorBoard(self.run_dir / "tensorboard", self.config.train.tensorboard_every, start)
             self._display = Display(start, self._total, self.config.train.log_seconds)
+        chosen = self.config.train.async_checkpoint
+        in_background = self.device.type == "cuda" if chosen is None else chosen
+        self._saver = Saver(folder, self.config.train.keep_checkpoints, in_background)
         try:
             for note in notes:
                 self._display.say(note)
@@ -156,10 +161,12 @@ class Trainer:
             for index in range(first, len(stages)):
                 if not self._run_stage(index, *stages[index], state if index == first else None, newest):
                     return False
+            self._saver.wait()
             checkpoint.export(self.model, self.run_dir / "model.safetensors")
             self._evaluate()
             return True
         finally:
+            self._saver.close()
             for output in (self._display, self._board, self._metrics, self._evaluations, self._wandb):
                 output.close()
 
@@ -208,18 +215,17 @@ class Trainer:
             if self._last_gradient is not None:
                 self._last_gradient.close()
         if self._stopped:
+            self._saver.wait()
             kind = self._received[0].name if self._received else "another rank was told to stop"
             self._display.say(f"{kind}: stopped after step {position.step} and saved; start again with this run folder to go on")
         return not self._stopped
 
     def _go_on(self, loader: Loader, processes: list[dict[str, Any]]) -> None:
         """processes: what each rank of the run that saved had."""
-        if len(processes) == self.world.size:
-            loader.load_state_dict(processes[self.world.rank]["loader"])
+        states = [process["loader"] for process in processes]
+        loader.load_state_dict(states[self.world.rank] if len(states) == self.world.size else states)
+        if self.world.rank < len(processes):  # a rank that is new has drawn nothing yet
             set_rng_state(processes[self.world.rank]["rng"])
-            return
-        # TODO positions of another number of ranks
-        raise UserError(f"the checkpoint was saved by {len(processes)} ranks, this run has {self.world.size}")
 
     def _steps(self, name: str, stage: Stage, steps: int, loader: Loader) -> None:
         train, position = self.config.train, self.position
@@ -257,7 +263,8 @@ class Trainer:
             if self.profiler is not None:
                 self.profiler.step()
                 mark = time.perf_counter()  # writing its files is no part of a step
-            self._stopped |= self.world.size == 1 and bool(self._received)  # many ranks stop at the same step: see _write_taken
+            # Many ranks stop at the same step: see _write_taken.
+            self._stopped |= self.world.size == 1 and (bool(self._received) or self._saver.failed)
             due = position.step < self._total
             if due and self.config.evaluation.every and position.step % self.config.evaluation.every == 0:
                 self._write_taken(0)
@@ -300,7 +307,7 @@ class Trainer:
         numbers = {"loss": loss, "grad_norm": norm, **{f"losses.{key}": value for key, value in losses.items()}}
         if isinstance(getattr(model, "logit_scale", None), Tensor):
             numbers["logit_scale"] = model.logit_scale.exp()
-        numbers["stop"] = loss.new_full((), float(bool(self._received)))
+        numbers["stop"] = loss.new_full((), float(bool(self._received) or self._saver.failed))
         marks.passed("optimizer")
         values = self.world.mean(torch.stack([value.detach().float() for value in numbers.values()]))
         if self.world.size > 1:
@@ -379,9 +386,7 @@ class Trainer:
             "model": self._described,
             "processes": self.world.gather({"rng": rng_state(), "loader": loader.state_dict()}),
         }
-        train = self.config.train
-        folder = self.run_dir / "checkpoints"
-        checkpoint.save(folder, self.position.step, self.model, self._optimizer, state, train.keep_checkpoints)
+        self._saver.save(self.position.step, self.model, self._optimizer, state)
         self._saved_step = self.position.step
 
 
@@ -392,12 +397,6 @@ class _Silent:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *_: None
-
-
-def _find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    newest, notes = checkpoint.find_newest(folder)
-    checkpoint.set_aside(folder, newest)
-    return newest, notes
 
 
 @contextmanager
