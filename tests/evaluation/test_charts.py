@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from vlpfast.evaluation.charts import HEIGHT, WIDTH, Series, line_chart, number, percent, spans_decades
+from vlpfast.evaluation.charts import HEIGHT, WIDTH, Series, line_chart, number, percent, spans_decades, stacked_chart
 
 
 def drawn(*series: Series, **options) -> ElementTree.Element:
@@ -97,8 +97,8 @@ def test_values_that_are_missing_or_not_finite_are_left_out() -> None:
     assert len(places(marks(figure, "line")[0])) == 2
     with pytest.raises(ValueError, match="no series has a finite value"):
         drawn(Series("y", [1, 2], [None, math.nan]))
-    with pytest.raises(ValueError, match="at most 5, got 6"):
-        drawn(*[Series("y", [1], [1.0])] * 6)
+    with pytest.raises(ValueError, match="at most 7, got 8"):
+        drawn(*[Series("y", [1], [1.0])] * 8)
 
 
 def test_reference_lines_and_summary_for_those_who_do_not_see_it() -> None:
@@ -134,3 +134,50 @@ def test_names_are_escaped() -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_stages_are_marked_where_they_begin() -> None:
+    figure = drawn(Series("loss", [1, 11], [0.0, 1.0]), marks=[(1, "first"), (6, "<second>"), (99, "outside")])
+    lines = marks(figure, "mark")
+    assert [line.get("x1") == line.get("x2") for line in lines] == [True, True]
+    (x0, _), (x1, _) = places(marks(figure, "line")[0])
+    assert float(lines[0].get("x1")) == pytest.approx(x0, abs=0.2)
+    assert float(lines[1].get("x1")) == pytest.approx((x0 + x1) / 2, abs=0.2)
+    assert [name.text for name in marks(figure, "mark-name")] == ["first", "<second>"]
+
+
+def stacked(*series: Series, **options) -> ElementTree.Element:
+    return ElementTree.fromstring(stacked_chart("a chart", series, **options))
+
+
+def test_layers_lie_on_one_another() -> None:
+    figure = stacked(Series("a", [1, 2, 3], [1.0, 2.0, 1.0]), Series("b", [1, 2, 3], [1.0, 2.0, None]))
+    first, second = marks(figure, "layer")
+    a, b = places(first), places(second)
+    assert a[:3] == b[:2:-1] and len(a) == len(b) == 6  # the lower layer's upper edge is the upper one's lower edge
+    (_, floor), (_, low), (_, high) = a[3], a[0], b[0]
+    assert floor - low == pytest.approx(low - high, abs=0.2)  # 1 and 1
+    assert floor - b[1][1] == pytest.approx(4 * (floor - low), abs=0.4)  # 2 and 2
+    assert b[2] == a[2]  # nothing there
+    assert labels(figure, "end")[:-1] == ["0", "1", "2", "3", "4"]
+    assert [stop.find("title").text for stop in marks(figure, "stop")][1] == "step 2\na 2\nb 2"
+    dots = [float(dot.get("cy")) for dot in marks(marks(figure, "stop")[1], "dot")]
+    assert dots == [a[1][1], b[1][1]]
+    assert [key.text for key in marks(figure, "key")] == ["a", "b"]
+
+
+def test_one_step_is_a_bar_and_many_are_thinned() -> None:
+    (bar,) = marks(stacked(Series("a", [7], [3.0])), "layer")
+    assert len({x for x, _ in places(bar)}) == 2 and len(places(bar)) == 4
+    steps = range(5000)
+    figure = stacked(Series("a", steps, [1.0] * 5000), Series("b", steps, [0.5] * 5000))
+    assert [len(places(layer)) for layer in marks(figure, "layer")] == [480, 480]
+
+
+def test_what_cannot_be_stacked_is_named() -> None:
+    with pytest.raises(ValueError, match="no series has a value above 0"):
+        stacked(Series("a", [1, 2], [0.0, math.nan]))
+    with pytest.raises(ValueError, match="expected series with the same x"):
+        stacked(Series("a", [1, 2], [1.0, 1.0]), Series("b", [1, 3], [1.0, 1.0]))
+    with pytest.raises(ValueError, match="at most 7, got 8"):
+        stacked(*[Series("y", [1], [1.0])] * 8)

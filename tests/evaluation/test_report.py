@@ -77,6 +77,9 @@ def run_dir(tmp_path: Path) -> Path:
             "samples_per_s": 100.0 if step % 2 else 300.0,
             "data_wait": 0.5 if step % 2 else 0.0,
             "seconds": {"data": 0.1, "forward": 0.3, "backward": 0.6},
+            "stage": "first" if step <= 150 else "<second>",
+            "mfu": 0.25,
+            "memory_bytes": 3 * 2**30,
             "skipped_samples": 2,
         }
         for step in range(1, 401)
@@ -88,6 +91,10 @@ def run_dir(tmp_path: Path) -> Path:
         for step in (200, 400)
     ]
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    facts = {"flops_per_sample": 44.4e9, "counted": "by shapes", "peak_flops_per_s": 989e12, "peak": f"H100 {HOSTILE}"}
+    (folder / "speed.json").write_text(json.dumps({"first": facts, "<second>": facts}))
+    (folder / "profile").mkdir()
+    (folder / "profile" / "summary.md").write_text(f"# Profile\n\n- idle {HOSTILE}\n")
     (folder / "config.yaml").write_text(f"model:\n  name: clip\ntrain:\n  batch_size: 10\n  note: '{HOSTILE}'\n")
     (folder / "environment.json").write_text(json.dumps({"torch": "2.13.0", "command": [HOSTILE]}))
     return folder
@@ -151,8 +158,22 @@ def test_numbers_on_the_page_are_those_of_the_evaluation(run_dir: Path, evaluate
     assert "samples seen <b>4,000</b>" in text and "evaluated at step <b>400</b>" in text
     assert "1 of 400 steps had a loss that is not finite" in text
     assert "2 in training" in text and "<code>s900&lt;img" in text and "&lt;/script&gt;</code> broken &lt;img" in text
-    for title in ("Loss", "Learning rate", "Gradient norm", "Samples per second", "Time spent waiting for data", "Logit scale"):
+    titles = ("Loss", "Learning rate", "Gradient norm", "Samples per second", "Time spent waiting for data", "Logit scale")
+    more = (
+        "Model FLOPs utilisation",
+        "Peak memory, GiB",
+        "Where the time of a step goes, ms",
+        "Where the time of all steps went",
+    )
+    for title in (*titles, *more):
         assert re.search(rf"<b>{title}( \(log scale\))?</b>", text), title
+    assert "<li>first: 44.4 GFLOP a sample, forward and backward, counted by shapes; peak 989 TFLOP/s (H100 &lt;img" in text
+    assert "<summary>Profile of some steps</summary><pre># Profile" in text
+    figures = {part.split("</b>")[0]: part for part in text.split("<figcaption><b>")[1:]}
+    for title in (*titles[1:], *more[:3]):  # the steps at which stages begin are marked in each
+        assert re.findall(r'mark-name"[^>]*>([^<]+)<', figures[title]) == ["first", "&lt;second&gt;"], title
+    assert re.findall(r'layer s(\d)"', figures[more[2]]) == ["0", "1", "2"]
+    assert "data 100\nforward 300\nbackward 600" in figures[more[2]]
 
 
 def test_right_and_wrong_pictures_are_marked(run_dir: Path, evaluated: dict) -> None:
@@ -192,21 +213,40 @@ def test_report_without_arguments_takes_everything_from_the_files(run_dir: Path)
     Page(text)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.jsonl", "config.yaml", "environment.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluation.jsonl", "config.yaml", "environment.json", "speed.json"])
 def test_each_file_may_be_missing(run_dir: Path, evaluated: dict, name: str) -> None:
     (run_dir / name).unlink()
     Page(write_report(run_dir, **evaluated).read_text())
+
+
+def test_a_run_of_one_stage_has_no_marks(run_dir: Path) -> None:
+    lines = (run_dir / "metrics.jsonl").read_text().replace("<second>", "first")
+    (run_dir / "metrics.jsonl").write_text(lines)
+    assert "mark-name" not in write_report(run_dir).read_text().split("</style>")[1]
+
+
+def test_steps_without_the_newer_fields(run_dir: Path) -> None:
+    """Of a run that an older version made."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for line in lines:
+        for key in ("stage", "mfu", "memory_bytes", "seconds"):
+            del line[key]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run_dir / "speed.json").unlink()
+    text = write_report(run_dir).read_text()
+    Page(text)
+    assert "Samples per second" in text and "Model FLOPs utilisation" not in text and "Where the time" not in text
 
 
 def test_empty_run_folder(tmp_path: Path) -> None:
     assert "No evaluation yet." in write_report(tmp_path).read_text()
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "environment.json"])
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "speed.json"])
 def test_damaged_file_is_named(run_dir: Path, name: str) -> None:
     (run_dir / name).write_text("{ [")
     (run_dir / "report.html").write_text("the old one")
-    with pytest.raises(UserError, match=r"config\.yaml or environment\.json is damaged"):
+    with pytest.raises(UserError, match=r"config\.yaml, environment\.json or speed\.json is damaged"):
         write_report(run_dir)
     assert (run_dir / "report.html").read_text() == "the old one"
 
@@ -248,7 +288,7 @@ def test_page_in_a_browser(run_dir: Path, evaluated: dict, tmp_path: Path) -> No
             assert chromium.requests() == [path.resolve().as_uri()]
             assert chromium.complaints() == []
             assert chromium.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the window"
-            assert chromium.evaluate("document.querySelectorAll('figure.chart svg').length") == 9
+            assert chromium.evaluate("document.querySelectorAll('figure.chart svg').length") == 12
             assert chromium.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
             assert chromium.evaluate("document.querySelectorAll('.shot.right').length") > 0
             frame = chromium.evaluate("getComputedStyle(document.querySelector('.shot.right img')).borderColor")

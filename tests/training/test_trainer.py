@@ -34,7 +34,7 @@ def test_a_run_leaves_what_it_should(tmp_path: Path) -> None:
     assert first["lr"] == pytest.approx(0.01 / 3) and first["stage"] == "train" and first["epoch"] == 0.2
     assert first["logit_scale"] == pytest.approx(2.71828) and first["grad_norm"] > 0 and first["skipped_samples"] == 0
     assert 0 < first["data_wait"] < 1 and first["samples_per_s"] > 0
-    assert set(first["seconds"]) == {"data", "forward", "backward", "optimizer"}
+    assert set(first["seconds"]) == {"data", "transfer", "forward", "backward", "optimizer"}
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     exported = load_file(run / "model.safetensors")
     assert set(exported) == set(trainer.model.state_dict())
@@ -221,7 +221,7 @@ def test_precision_compile_and_determinism_reach_the_model(tmp_path: Path) -> No
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert seen == [torch.bfloat16] and trainer.model.layer.weight.dtype == torch.float32
+    assert seen == [torch.bfloat16] * 2 and trainer.model.layer.weight.dtype == torch.float32  # counted, taken
     compiled = []
     watching = Watching()
     watching.compile = lambda: compiled.append(True)
@@ -246,7 +246,7 @@ def test_on_a_gpu_the_same_files_without_waiting(tmp_path: Path) -> None:
         written = lines(tmp_path / name / "run" / "metrics.jsonl")
         assert [line["step"] for line in written] == list(range(1, 13))
         assert [line["nonfinite_steps"] for line in written] == [0] * 3 + [1] * 9
-        assert all(set(line["seconds"]) == {"data", "forward", "backward", "optimizer"} for line in written)
+        assert all(set(line["seconds"]) == {"data", "transfer", "forward", "backward", "optimizer"} for line in written)
         assert (tmp_path / name / "run" / "nonfinite-4.pt").exists()
         results.append(([line["loss"] for line in written], load_file(tmp_path / name / "run" / "model.safetensors")))
     assert results[0][0] == results[1][0]

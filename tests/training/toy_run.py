@@ -33,7 +33,7 @@ model: {name: toy}
 data: {source: shards, train: [none.tar]}
 train: {steps: 12, batch_size: 8, lr: 0.01, warmup_steps: 3, checkpoint_every: 4, tensorboard_every: 0, precision: fp32}
 """
-CLOCK = ("samples_per_s", "data_wait", "seconds")
+CLOCK = ("samples_per_s", "data_wait", "seconds", "mfu", "memory_bytes")
 
 
 @dataclass

@@ -25,7 +25,7 @@ from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENS
 from vlpfast.types import UserError
 
 _BATCH = 256
-_TILE = 224  # pixels of a picture's longer side in a preview
+TILE = 224  # pixels of a picture's longer side in a preview
 _TEXT = 15  # height of a line
 _COLOURS = ("#ff2d55", "#00c853", "#2979ff", "#ff9100", "#d500f9", "#00b8d4")
 
@@ -167,7 +167,7 @@ def preview(patterns: str | Sequence[str], path: str | os.PathLike[str], *, coun
         parts = record.get("parts")
         caption = _text_of(parts) if isinstance(parts, list) else _caption(text, record)
         tiles.append((_tile(shards, i, record), caption or "(no caption)", shards.name(i)))
-    content = _sheet_png(tiles) if path.suffix.lower() == ".png" else _sheet_html(tiles)
+    content = sheet_png(tiles) if path.suffix.lower() == ".png" else _sheet_html(tiles)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         aside.write_bytes(content)
@@ -215,19 +215,19 @@ def _tile(shards: ShardSet, i: int, record: dict[str, Any]) -> Image.Image:
         members = [name for name in shards.extensions(i) if name not in ("txt", "json")]
         raise DamagedSample(f"members: {', '.join(members)}" if members else "no picture")
     except DamagedSample as damage:
-        tile = Image.new("RGB", (_TILE, _TILE), "#cccccc")
+        tile = Image.new("RGB", (TILE, TILE), "#cccccc")
         ImageDraw.Draw(tile).text((8, 8), "\n".join(textwrap.wrap(str(damage), 28)), fill="black", font=_font())
         return tile
 
 
-def _fitted(picture: Image.Image, side: int = _TILE) -> Image.Image:
+def _fitted(picture: Image.Image, side: int = TILE) -> Image.Image:
     scale = side / max(picture.size)
     return picture.resize(tuple(max(1, round(edge * scale)) for edge in picture.size), Image.Resampling.BICUBIC)
 
 
 def _boxed(picture: Image.Image, record: dict[str, Any]) -> Image.Image:
-    """The picture with its boxes, its longer side _TILE pixels."""
-    scale = _TILE / max(picture.size)
+    """The picture with its boxes, its longer side TILE pixels."""
+    scale = TILE / max(picture.size)
     picture = _fitted(picture)
     draw = ImageDraw.Draw(picture)
     things = record.get("objects")
@@ -244,7 +244,7 @@ def _grid(pictures: list[Image.Image]) -> Image.Image:
     """Up to four pictures, two beside each other."""
     if not pictures:
         raise DamagedSample("no pictures: text alone")
-    tile, half = Image.new("RGB", (_TILE, _TILE), "white"), _TILE // 2
+    tile, half = Image.new("RGB", (TILE, TILE), "white"), TILE // 2
     for place, picture in enumerate(pictures):
         tile.paste(_fitted(picture, half - 2), (place % 2 * half, place // 2 * half))
     return tile
@@ -292,7 +292,7 @@ def _middle_slices(content: np.ndarray) -> Image.Image:
         grey = ((values - low) / max(high - low, 1e-9)).clip(0, 1) * 255
         picture = Image.fromarray(grey.astype(np.uint8))
         edges = picture.width * info.spacing[across], picture.height * info.spacing[down]  # mm
-        size = tuple(max(1, round(edge / max(edges) * _TILE)) for edge in edges)
+        size = tuple(max(1, round(edge / max(edges) * TILE)) for edge in edges)
         pictures.append(picture.resize(size, Image.Resampling.BILINEAR).convert("RGB"))
     return _grid(pictures)
 
@@ -313,26 +313,27 @@ def _spectrogram(content: bytes) -> Image.Image:
     rows = (700 * (10 ** (mels / 2595) - 1) / (rate / 2) * 512).round().astype(np.int64)[::-1].copy()
     level = 10 * power[torch.from_numpy(rows)].clamp(min=1e-10).log10()  # [128, T]
     grey = ((level - level.max()) / 80 + 1).clamp(0, 1).mul(255).byte().numpy()
-    return Image.fromarray(grey).convert("RGB").resize((_TILE, _TILE // 2), Image.Resampling.BILINEAR)
+    return Image.fromarray(grey).convert("RGB").resize((TILE, TILE // 2), Image.Resampling.BILINEAR)
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(12)
 
 
-def _sheet_png(tiles: Sequence[tuple[Image.Image, str, str]]) -> bytes:
+def sheet_png(tiles: Sequence[tuple[Image.Image, str, str]]) -> bytes:
+    """Pictures of at most TILE pixels a side, captions, names (not shown) -> a PNG file."""
     columns = min(6, len(tiles))
     wrapped = [textwrap.wrap(caption, 36)[:6] for _, caption, _ in tiles]
     rows = [range(start, min(start + columns, len(tiles))) for start in range(0, len(tiles), columns)]
-    heights = [_TILE + 12 + _TEXT * max(len(wrapped[i]) for i in row) for row in rows]
-    sheet = Image.new("RGB", (columns * (_TILE + 12), sum(heights)), "white")
+    heights = [TILE + 12 + _TEXT * max(len(wrapped[i]) for i in row) for row in rows]
+    sheet = Image.new("RGB", (columns * (TILE + 12), sum(heights)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
     for row, height in zip(rows, heights, strict=True):
         for i in row:
-            left = (i - row.start) * (_TILE + 12) + 6
+            left = (i - row.start) * (TILE + 12) + 6
             sheet.paste(tiles[i][0], (left, top + 4))
             for line, text in enumerate(wrapped[i]):
-                draw.text((left, top + _TILE + 6 + line * _TEXT), text, fill="black", font=_font())
+                draw.text((left, top + TILE + 6 + line * _TEXT), text, fill="black", font=_font())
         top += height
     return _png(sheet)
 
@@ -347,7 +348,7 @@ def _sheet_html(tiles: Sequence[tuple[Image.Image, str, str]]) -> bytes:
         [
             '<!doctype html><html><head><meta charset="utf-8"><title>preview</title><style>',
             "body { font: 14px sans-serif; display: flex; flex-wrap: wrap; gap: 12px; margin: 12px }",
-            f"figure {{ margin: 0; width: {_TILE}px }} small {{ display: block; color: #777; overflow-wrap: anywhere }}",
+            f"figure {{ margin: 0; width: {TILE}px }} small {{ display: block; color: #777; overflow-wrap: anywhere }}",
             "</style></head><body>",
             *figures,
             "</body></html>\n",

@@ -1,4 +1,4 @@
-"""Contact sheets: what the model finds for a text, what it says about a picture, which classes it mixes up."""
+"""Contact sheets: what the model finds for a text, what it says about a picture, which classes it mixes up, what it is fed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from html import escape
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from vlpfast.data.inspect import TILE, sheet_png
 from vlpfast.data.shards import IMAGE_EXTENSIONS, ShardSet
 from vlpfast.evaluation.charts import percent
 from vlpfast.evaluation.features import Features
 from vlpfast.evaluation.retrieval import Ranking, Retrieval
 from vlpfast.evaluation.zero_shot import ZeroShot
+from vlpfast.types import Batch, DataSpec, Tokenizer
 
 _SIDE = 192  # pixels of a thumbnail's longer side
 _TICK, _CROSS = "✓", "✗"
@@ -155,6 +157,46 @@ def _place(ranking: Ranking, row: int) -> str:
 
 def _grid(cards: Iterable[str]) -> str:
     return f'<div class="queries">{"".join(cards)}</div>'
+
+
+def batch_sheet(batch: Batch, spec: DataSpec, tokenizer: Tokenizer | None, count: int = 24) -> bytes:
+    """The first samples of a batch as a model gets them, at most `count` tiles -> a PNG file: views and local views, cropped,
+    mirrored, augmented, normalised back, with the boxes that are in them; captions from their ids, cut where those are. Without
+    pictures the tiles are grey, without captions they have the samples' keys."""
+    keys = batch.get("key", [])
+    tiles = []
+    for i in range(len(keys)):
+        text = keys[i]
+        if "text" in batch and tokenizer is not None:
+            text = tokenizer.decode(batch["text"][i].tolist()) or "(no caption)"
+        pictures = _views(batch, i, spec) or [Image.new("RGB", (TILE, TILE), "#cccccc")]
+        tiles += [(picture, text, keys[i]) for picture in pictures]
+        if len(tiles) >= count:
+            break
+    return sheet_png(tiles[:count])
+
+
+def _views(batch: Batch, i: int, spec: DataSpec) -> list[Image.Image]:
+    views = []
+    for name in ("image", "image_local"):
+        if name not in batch:
+            continue
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (spec.image.mean, spec.image.std))
+        pixels = batch[name][i].detach().cpu().float()  # [(V,) 3, S, S]
+        for number, view in enumerate(pixels.view(-1, *pixels.shape[-3:])):
+            levels = (view * std + mean).mul(255).round().clamp(0, 255).byte()
+            picture = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+            scale = TILE / max(picture.size)
+            size = tuple(max(1, round(side * scale)) for side in picture.size)
+            picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+            if name == "image" and "boxes" in batch:
+                boxes, shown = batch["boxes"][i], batch["box_mask"][i]  # [(V,) N, 4], [(V,) N]
+                boxes, shown = (boxes[number], shown[number]) if boxes.ndim == 3 else (boxes, shown)
+                edges = (boxes[shown].cpu() * torch.tensor([*size, *size])).tolist()
+                for box in edges:
+                    ImageDraw.Draw(picture).rectangle(box, outline="red", width=2)
+            views.append(picture)
+    return views
 
 
 def confusions(classified: Classified, count: int = 10) -> str:

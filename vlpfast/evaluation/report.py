@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from vlpfast.evaluation.charts import COLOURS, POINTS, Series, line_chart, number, percent, spans_decades
+from vlpfast.evaluation.charts import COLOURS, POINTS, Series, line_chart, number, percent, spans_decades, stacked_chart
 from vlpfast.evaluation.contact_sheet import Classified, Pairs, confusions, image_to_text, text_to_image
 from vlpfast.evaluation.style import CSS
 from vlpfast.types import UserError
@@ -34,10 +34,11 @@ def write_report(
 ) -> Path:
     """Writes run_dir/report.html, aside and renamed, and returns its path.
 
-    Curves come from metrics.jsonl and evaluation.jsonl, configuration and environment from config.yaml and environment.json; what
-    is not there is left out of the page. `evaluation`: step and metrics of the headline numbers; None: the last line of
-    evaluation.jsonl. `pairs` gives the contact sheets, `zero_shot` the confusions; `seed` draws their queries. UserError: a file
-    of the folder is damaged, or the page cannot be written."""
+    Curves come from metrics.jsonl and evaluation.jsonl, what the MFU refers to from speed.json, configuration and environment
+    from config.yaml and environment.json, a profile from profile/summary.md; what is not there is left out of the page.
+    `evaluation`: step and metrics of the headline numbers; None: the last line of evaluation.jsonl. `pairs` gives the contact
+    sheets, `zero_shot` the confusions; `seed` draws their queries. UserError: a file of the folder is damaged, or the page
+    cannot be written."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist")
@@ -47,11 +48,11 @@ def write_report(
     body = [
         _header(run_dir, config_text, environment_text, steps, evaluation),
         _headline(evaluation, pairs, zero_shot),
-        _training(steps),
+        _training(steps, _read(run_dir / "speed.json")),
         _evaluations(evaluations),
         _sheets(pairs, zero_shot, seed),
         _damaged(steps, pairs, zero_shot),
-        _about(config_text, environment_text),
+        _about(config_text, environment_text, _read(run_dir / "profile" / "summary.md")),
     ]
     title = escape(f"{run_dir.resolve().name}: vlpfast report")
     page = (
@@ -104,9 +105,12 @@ def _header(
         config = yaml.safe_load(config_text) or {}
         model = str(config.get("model", {}).get("name", ""))
         batch = config.get("train", {}).get("batch_size")
-        json.loads(environment_text or "{}")
+        for text in (environment_text, _read(run_dir / "speed.json")):
+            json.loads(text or "{}")
     except (yaml.YAMLError, ValueError, AttributeError) as error:
-        raise UserError(f"{run_dir}: config.yaml or environment.json is damaged: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"{run_dir}: config.yaml, environment.json or speed.json is damaged: {' '.join(str(error).split())}"
+        ) from error
     facts = []
     if model:
         facts.append(("model", model))
@@ -170,7 +174,7 @@ def _card(title: str, rows: Sequence[tuple[str, float | None, float | None]], fo
     )
 
 
-def _training(steps: Sequence[Mapping[str, Any]]) -> str:
+def _training(steps: Sequence[Mapping[str, Any]], speed_text: str) -> str:
     at = _column(steps, "step")
     losses = {"loss": _column(steps, "loss")}
     parts = sorted({name for record in steps for name in record.get("losses", {})})
@@ -178,18 +182,45 @@ def _training(steps: Sequence[Mapping[str, Any]]) -> str:
         losses |= {name: [record.get("losses", {}).get(name) for record in steps] for name in parts[: COLOURS - 1]}
     timed = [record for record in steps if record.get("samples_per_s") and record.get("data_wait") is not None]
     when = _column(timed, "step")
+    gibibytes = [None if size is None else size / 2**30 for size in _column(steps, "memory_bytes")]
+    marks = _stage_marks(steps)
+
+    def chart(title: str, *series: Series, **options: Any) -> str:
+        return _chart(title, series, marks=marks, **options)
+
     charts = [
-        _chart("Loss", [Series(name, at, values) for name, values in losses.items()]),
-        _chart("Learning rate", [Series("learning rate", at, _column(steps, "lr"))], from_zero=True),
-        _chart("Gradient norm", [Series("gradient norm", at, _column(steps, "grad_norm"))]),
-        _chart("Samples per second", [Series("samples/s", when, _column(timed, "samples_per_s"))], from_zero=True),
-        _chart(
-            "Time spent waiting for data", [Series("waiting", when, _column(timed, "data_wait"))], from_zero=True, show=percent
-        ),
-        _chart("Logit scale", [Series("logit scale", at, _column(steps, "logit_scale"))]),
+        chart("Loss", *(Series(name, at, values) for name, values in losses.items())),
+        chart("Learning rate", Series("learning rate", at, _column(steps, "lr")), from_zero=True),
+        chart("Gradient norm", Series("gradient norm", at, _column(steps, "grad_norm"))),
+        chart("Samples per second", Series("samples/s", when, _column(timed, "samples_per_s")), from_zero=True),
+        chart("Time spent waiting for data", Series("waiting", when, _column(timed, "data_wait")), from_zero=True, show=percent),
+        chart("Model FLOPs utilisation", Series("MFU", when, _column(timed, "mfu")), from_zero=True, show=percent),
+        chart("Peak memory, GiB", Series("memory", at, gibibytes), from_zero=True),
+        chart("Logit scale", Series("logit scale", at, _column(steps, "logit_scale"))),
+        _step_split(timed, marks),
         _time_split(timed),
     ]
-    return _section("Training and throughput", "training", _throughput(timed) + _nonfinite(steps), charts)
+    return _section("Training and throughput", "training", _throughput(timed) + _nonfinite(steps) + _speed(speed_text), charts)
+
+
+def _stage_marks(steps: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
+    """Where each stage begins; nothing for a run of one stage."""
+    marks: list[tuple[float, str]] = []
+    for record in steps:
+        name = record.get("stage")
+        if name is not None and (not marks or marks[-1][1] != name):
+            marks.append((record["step"], str(name)))
+    return marks if len(marks) > 1 else []
+
+
+def _speed(text: str) -> str:
+    """What the MFU refers to, stage by stage."""
+    lines = [
+        f"<li>{escape(name)}: {number(facts['flops_per_sample'] / 1e9)} GFLOP a sample, forward and backward, counted "
+        f"{escape(facts['counted'])}; peak {number(facts['peak_flops_per_s'] / 1e12)} TFLOP/s ({escape(facts['peak'])})</li>"
+        for name, facts in json.loads(text or "{}").items()
+    ]
+    return f'<p class="soft">MFU is of one rank, and refers to</p><ul class="soft">{"".join(lines)}</ul>' if lines else ""
 
 
 def _throughput(timed: Sequence[Mapping[str, Any]]) -> str:
@@ -232,11 +263,22 @@ def _share_chart(title: str, curves: Sequence[Series], chance: float | None, cha
     return line_chart(title, curves, show=percent, y_range=(0, 1), references=references) if curves else ""
 
 
+def _step_split(steps: Sequence[Mapping[str, Any]], marks: Sequence[tuple[float, str]]) -> str:
+    names = list(dict.fromkeys(name for record in steps for name in record.get("seconds", {})))
+    if not names or len(names) > COLOURS:
+        return ""
+    at = _column(steps, "step")
+    series = [Series(name, at, [1e3 * (record.get("seconds", {}).get(name) or 0.0) for record in steps]) for name in names]
+    if not any(value for one in series for value in one.y):
+        return ""
+    return stacked_chart("Where the time of a step goes, ms", series, marks=marks)
+
+
 def _time_split(steps: Sequence[Mapping[str, Any]]) -> str:
     totals: dict[str, float] = {}
     for record in steps:
         for name, seconds in record.get("seconds", {}).items():
-            totals[name] = totals.get(name, 0.0) + seconds
+            totals[name] = totals.get(name, 0.0) + (seconds or 0.0)
     whole = sum(totals.values())
     if not whole or len(totals) > COLOURS:
         return ""
@@ -246,7 +288,7 @@ def _time_split(steps: Sequence[Mapping[str, Any]]) -> str:
         f'<span class="key s{i}">{escape(name)} {percent(share)}</span>' for i, (name, share) in enumerate(shares.items())
     )
     return (
-        f'<div class="card wide"><b>Where the time of a step goes</b><div class="split">{bar}</div>'
+        f'<div class="card wide"><b>Where the time of all steps went</b><div class="split">{bar}</div>'
         f'<span class="legend">{keys}</span></div>'
     )
 
@@ -283,8 +325,8 @@ def _damaged(steps: Sequence[Mapping[str, Any]], pairs: Pairs | None, zero_shot:
     return "".join(out) + "</section>"
 
 
-def _about(config_text: str, environment_text: str) -> str:
-    texts = [("Configuration", config_text)]
+def _about(config_text: str, environment_text: str, profile_text: str) -> str:
+    texts = [("Profile of some steps", profile_text), ("Configuration", config_text)]
     if environment_text:
         texts.append(
             ("Environment", yaml.safe_dump(json.loads(environment_text), sort_keys=False, allow_unicode=True, width=100))
@@ -297,15 +339,22 @@ def _column(records: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
     return [record.get(key) for record in records]
 
 
-def _chart(title: str, series: Sequence[Series], *, from_zero: bool = False, show: Callable[..., str] = number) -> str:
+def _chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    from_zero: bool = False,
+    show: Callable[..., str] = number,
+    marks: Sequence[tuple[float, str]] = (),
+) -> str:
     """A chart, "" when there is nothing to draw. from_zero: the axis begins at 0; otherwise it is logarithmic where it helps."""
     values = [value for one in series for value in one.y if not _bad(value)]
     if not values:
         return ""
     if from_zero:
-        return line_chart(title, series, show=show, y_range=(0, max(values)))
+        return line_chart(title, series, show=show, y_range=(0, max(values)), marks=marks)
     log = spans_decades(series)
-    return line_chart(f"{title} (log scale)" if log else title, series, show=show, log=log)
+    return line_chart(f"{title} (log scale)" if log else title, series, show=show, log=log, marks=marks)
 
 
 def _section(title: str, name: str, before: str, charts: Iterable[str]) -> str:

@@ -5,16 +5,17 @@ CSS = """
   color-scheme: light dark;
   --page: #f6f6f3; --card: #ffffff; --ink: #1d1f23; --soft: #62676f; --rule: #e2e2dc; --track: #ebebe6;
   --right: #14803f; --wrong: #8f949c; --miss: #b23a2a;
-  --c0: #2563c9; --c1: #c4620a; --c2: #0f8a78; --c3: #8c45b8; --c4: #7a6a1d;
+  --c0: #2563c9; --c1: #c4620a; --c2: #0f8a78; --c3: #8c45b8; --c4: #7a6a1d; --c5: #b8336a; --c6: #9aa0a8;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #121316; --card: #1b1d21; --ink: #e9e9e6; --soft: #a0a5ad; --rule: #30333a; --track: #2a2d33;
     --right: #45c479; --wrong: #767b84; --miss: #f0836f;
-    --c0: #79a8ff; --c1: #f0a04b; --c2: #4fd0bc; --c3: #cf97f2; --c4: #d5c46a;
+    --c0: #79a8ff; --c1: #f0a04b; --c2: #4fd0bc; --c3: #cf97f2; --c4: #d5c46a; --c5: #f58bb4; --c6: #6d737c;
   }
 }
 .s0 { --c: var(--c0); } .s1 { --c: var(--c1); } .s2 { --c: var(--c2); } .s3 { --c: var(--c3); } .s4 { --c: var(--c4); }
+.s5 { --c: var(--c5); } .s6 { --c: var(--c6); }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body {
@@ -59,6 +60,8 @@ p { margin: 0 0 14px; max-width: 75ch; }
 .reference { stroke: var(--soft); stroke-dasharray: 5 4; }
 .line { fill: none; stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
 .band { fill: var(--c); opacity: 0.18; }
+.layer { fill: var(--c); stroke: var(--card); stroke-width: 0.5; }
+.mark { stroke: var(--soft); stroke-dasharray: 2 3; }
 .dot { fill: var(--c); stroke: var(--card); stroke-width: 1.5; }
 .stop rect { fill: transparent; } .stop line { stroke: var(--soft); } .stop line, .stop .dot { opacity: 0; }
 .stop:hover line, .stop:hover .dot { opacity: 1; }

@@ -91,6 +91,7 @@ class TrainConfig:
     max_nonfinite: int = 10  # steps skipped for a loss or gradient that is not finite before the run stops
     log_seconds: float = 10.0  # between lines where stderr is no terminal
     tensorboard_every: int = 10  # steps; 0: none
+    wandb: str = ""  # a project of Weights & Biases that gets every step's numbers; "": none
 
 
 @dataclass
@@ -148,6 +149,7 @@ MAY_CHANGE = (
     "train.max_nonfinite",
     "train.log_seconds",
     "train.tensorboard_every",
+    "train.wandb",
     "stages.*.steps",
     "data.threads",
     "data.cache_dir",

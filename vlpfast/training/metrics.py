@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: JSON lines, TensorBoard, and a line for whoever watches."""
+"""Where the numbers of a run go: JSON lines, TensorBoard, Weights & Biases, and a line for whoever watches."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vlpfast.types import UserError
 
 
 class JsonLines:
@@ -73,15 +76,47 @@ class TensorBoard:
 
     def write(self, step: int, values: dict[str, Any], prefix: str = "train") -> None:
         if self._writer is not None:
-            for key, value in values.items():
-                if isinstance(value, dict):
-                    self.write(step, value, f"{prefix}/{key}")
-                elif isinstance(value, (int, float)):
-                    self._writer.add_scalar(f"{prefix}/{key}", value, step)
+            for key, value in _scalars(values, prefix):
+                self._writer.add_scalar(key, value, step)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class WeightsAndBiases:
+    """The same scalars for Weights & Biases, in `project`; with "" nothing. A run folder is one run there, however often it is
+    started: its id is kept in run_dir/wandb-id. UserError: the package is not installed."""
+
+    def __init__(self, project: str, run_dir: Path, config: dict[str, Any]) -> None:
+        self._run = None
+        if not project:
+            return
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(f"train.wandb={project} needs the package wandb: pip install 'vlpfast[wandb]' ({error})") from error
+        kept = run_dir / "wandb-id"
+        if not kept.exists():
+            kept.write_text(uuid.uuid4().hex)
+        name = run_dir.resolve().name
+        self._run = wandb.init(project=project, name=name, id=kept.read_text(), resume="allow", dir=str(run_dir), config=config)
+
+    def write(self, step: int, values: dict[str, Any], prefix: str = "train") -> None:
+        if self._run is not None:
+            self._run.log(dict(_scalars(values, prefix)), step=step)
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def _scalars(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}/{key}")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}/{key}", value
 
 
 class Display:
@@ -89,7 +124,7 @@ class Display:
 
     def __init__(self, done: int, total: int, log_seconds: float) -> None:
         self._first, self._total = done, total
-        self._samples = self._seconds = self._wait = 0.0  # since the last line
+        self._samples = self._seconds = self._wait = self._used = 0.0  # since the last line
         self._started = self._shown = time.perf_counter()
         self._bar: Progress | None = None
         self._every = log_seconds
@@ -113,17 +148,20 @@ class Display:
         self._samples += samples
         self._seconds += seconds
         self._wait += record["data_wait"] * seconds
+        self._used += record.get("mfu", 0.0) * seconds
         if now - self._shown < self._every and self._first + 1 < step < self._total:
             return
         loss = f"{record['loss']:.4f}" if math.isfinite(record["loss"]) else "not finite"
         rate, wait = self._samples / self._seconds, 100 * self._wait / self._seconds
         text = f"loss {loss}  lr {record['lr']:.2e}  {rate:,.0f} samples/s  data wait {wait:.0f}%"
+        if "mfu" in record:
+            text += f"  MFU {100 * self._used / self._seconds:.3g}%"
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         else:
             left = int((now - self._started) / (step - self._first) * (self._total - step))
             self.say(f"step {step}/{self._total}  {text}  ETA {left // 60}:{left % 60:02d}")
-        self._samples = self._seconds = self._wait = 0.0
+        self._samples = self._seconds = self._wait = self._used = 0.0
         self._shown = now
 
     def say(self, text: str) -> None:

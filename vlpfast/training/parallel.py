@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlpfast.training.config import TrainConfig
-from vlpfast.training.precision import choose_device, use_bfloat16
+from vlpfast.training.precision import choose_device
 from vlpfast.training.together import on_first
 from vlpfast.types import UserError
 
@@ -107,8 +107,9 @@ class Spread:
     """A model prepared as `train` asks for and spread over the ranks of a world.
 
     train.strategy "ddp" keeps everything on every rank (DistributedDataParallel), "fsdp" a part of each block's parameters,
-    gradients and optimiser state (FSDP2's fully_shard; in bf16 products its parameters also travel in bf16). FSDP2 takes no
-    parameters without dimensions (temperatures): those stay on every rank, and their gradients are averaged here.
+    gradients and optimiser state (FSDP2's fully_shard, whose parameters travel in float32 whatever the products are made in: an
+    evaluation in float32 sees what it would see of one process). FSDP2 takes no parameters without dimensions (temperatures):
+    those stay on every rank, and their gradients are averaged here.
     Optimisers and checkpoints see the model's own parameters, under their own names.
     """
 
@@ -189,19 +190,16 @@ class Spread:
 
     def _shard(self, repeated: list[nn.Module]) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import fully_shard
 
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             dist.broadcast(tensor.data, src=0)
         scalars = {parameter for parameter in self.model.parameters() if parameter.ndim == 0}
         self._replicated = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
-        policy = MixedPrecisionPolicy()
-        if use_bfloat16(self.train.precision, self.world.device):
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         for block in repeated:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        self._entry = fully_shard(_Entry(self.model), mesh=mesh, mp_policy=policy, ignored_params=scalars)
+            fully_shard(block, mesh=mesh)
+        self._entry = fully_shard(_Entry(self.model), mesh=mesh, ignored_params=scalars)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

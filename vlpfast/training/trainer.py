@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,17 @@ from torch import Tensor, nn
 
 from vlpfast.training import checkpoint, feature_cache
 from vlpfast.training.config import RunConfig, Stage, to_dict
-from vlpfast.training.metrics import Display, JsonLines, TensorBoard
+from vlpfast.training.flops_count import Speed
+from vlpfast.training.metrics import Display, JsonLines, TensorBoard, WeightsAndBiases
 from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 from vlpfast.training.parallel import Spread, World
 from vlpfast.training.precision import use_bfloat16
+from vlpfast.training.profiling import Profiler
 from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
 from vlpfast.training.saver import Saver
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
+from vlpfast.training.timing import LastGradient, Marks, peak_memory
 from vlpfast.training.together import on_all
 from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, SplitsContrastive, UserError
 
@@ -53,7 +55,7 @@ class _Taken:
     record: dict[str, Any]
     names: list[str]
     values: Tensor  # [len(names)] float32 on the host, means over ranks
-    marks: list[Any]  # before forward, backward, optimiser; after it
+    marks: Marks
     batch: Batch
 
 
@@ -63,6 +65,7 @@ class Trainer:
     loader_for_stage(name, stage) opens the training batches of a stage; the trainer closes them.
     on_evaluate(step) -> metrics; called with the model in evaluation mode every evaluation.every steps and at the end. The random
     numbers it uses are not missing in the training.
+    profiler: told of every step; it chooses those that it looks at. One of the ranks has it.
 
     A step whose loss or gradient norm is not finite changes no parameter and no optimiser state: the optimiser learns of it
     from a flag on the device, so a GPU is never waited for. Its numbers are read at once on a CPU, one step later on a GPU, and
@@ -81,6 +84,7 @@ class Trainer:
         loader_for_stage: Callable[[str, Stage], Loader],
         world: World,
         on_evaluate: Callable[[int], dict[str, float]] | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         self.config = config
         self.model = model.to(world.device)
@@ -88,6 +92,7 @@ class Trainer:
         self.world = world
         self.device = world.device
         self.on_evaluate = on_evaluate
+        self.profiler = profiler
         self.run_dir = Path(config.train.run_dir)
         self.position = Position()
         self._offered = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -104,6 +109,8 @@ class Trainer:
                 "contrast), so its batch cannot be divided; use 0"
             )
         self._samples = world.share(config.train.batch_size)
+        self._speed = Speed(model, self.device, torch.bfloat16 if self._bf16 else None)
+        self._last_gradient: LastGradient | None = None
         self._spread = Spread(model, config.train, world)
 
     def fit(self) -> bool:
@@ -138,6 +145,8 @@ class Trainer:
         # The last evaluation is always made again: its settings may have changed.
         evaluated = min(start, self._total - 1)
         self._metrics = self._evaluations = self._board = self._display = _Silent()
+        project = self.config.train.wandb if self.world.is_first else ""
+        self._wandb = self.world.in_turn(lambda: WeightsAndBiases(project, self.run_dir, to_dict(self.config)))
         if self.world.is_first:
             self._metrics = JsonLines(self.run_dir / "metrics.jsonl", lambda line: line["step"] <= start)
             self._evaluations = JsonLines(self.run_dir / "evaluation.jsonl", lambda line: line["step"] <= evaluated)
@@ -159,7 +168,7 @@ class Trainer:
             return True
         finally:
             self._saver.close()
-            for output in (self._display, self._board, self._metrics, self._evaluations):
+            for output in (self._display, self._board, self._metrics, self._evaluations, self._wandb):
                 output.close()
 
     def _say_start(self, newest: Path | None) -> None:
@@ -184,6 +193,8 @@ class Trainer:
                 source = checkpoint.load_weights(stage.init_from, self.model)
                 self._display.say(f"stage {name}: weights from {source}")
         self._spread.begin_stage()
+        if self.world.size > 1 and train.strategy == "ddp":
+            self._last_gradient = LastGradient(self.model, self.device)
         self._optimizer = build_optimizer(self.model, train, name, stage)
         if state is not None:
             checkpoint.load(saved, self.model, self._optimizer)
@@ -202,6 +213,8 @@ class Trainer:
             self._save(loader)
         finally:
             loader.close()
+            if self._last_gradient is not None:
+                self._last_gradient.close()
         if self._stopped:
             self._saver.wait()
             kind = self._received[0].name if self._received else "another rank was told to stop"
@@ -226,13 +239,21 @@ class Trainer:
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
-            taken = self._step(batch, name, stage, Progress(position.stage_step, steps))
+            progress = Progress(position.stage_step, steps)
+            if uncounted := self._speed.stage != name:
+                self._speed.begin_stage(name, stage, batch, progress)
+                mark = time.perf_counter() - waited
+            taken = self._step(batch, name, stage, progress)
+            if uncounted and self.world.is_first:
+                self._display.say(self._speed.keep(self.run_dir, self._samples))
             position.step += 1
             position.stage_step += 1
             now = time.perf_counter()
             taken.record.update(
                 epoch=position.stage_step / len(loader),
                 samples_per_s=train.batch_size / (now - mark),
+                **self._speed.of_step(now - mark),
+                memory_bytes=peak_memory(self.device),
                 data_wait=waited / (now - mark),
                 seconds={"data": waited},
                 skipped_samples=len(loader.skipped),
@@ -240,6 +261,9 @@ class Trainer:
             mark = now
             self._taken.append(taken)
             self._write_taken(lag)
+            if self.profiler is not None:
+                self.profiler.step()
+                mark = time.perf_counter()  # writing its files is no part of a step
             # Many ranks stop at the same step: see _write_taken.
             self._stopped |= self.world.size == 1 and (bool(self._received) or self._saver.failed)
             due = position.step < self._total
@@ -253,34 +277,42 @@ class Trainer:
 
     def _step(self, batch: Batch, name: str, stage: Stage, progress: Progress) -> _Taken:
         model, optimizer, train, spread = self.model, self._optimizer, self.config.train, self._spread
+        marks = Marks(self.device)
         batch = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
             for key, value in batch.items()
         }
+        marks.passed("transfer")
         lr = learning_rate(progress.step, progress.steps, train)
         set_learning_rate(optimizer, lr)
         if isinstance(model, BeforeStep):
             model.before_step(progress.step)
-        marks = [_mark(self.device)]
         divided = 0 < train.micro_batch < self._samples
-        if divided:
-            total = partial(weighted_sum, weights=stage.losses, name=name)
-            loss, losses = feature_cache.backward(spread, batch, train.micro_batch, total, self._autocast)
-            marks.append(marks[0])  # forwards and backwards alternate
-        else:
-            with self._autocast():
-                losses = spread("__call__", batch, progress)
-                loss = weighted_sum(losses, stage.losses, name)
-            marks.append(_mark(self.device))
-            loss.backward()
+        with self._speed.counting():
+            if divided:
+                total = partial(weighted_sum, weights=stage.losses, name=name)
+                loss, losses = feature_cache.backward(spread, batch, train.micro_batch, total, self._autocast)
+                marks.passed("forward and backward")  # they alternate
+            else:
+                with self._autocast():
+                    losses = spread("__call__", batch, progress)
+                    loss = weighted_sum(losses, stage.losses, name)
+                marks.passed("forward")
+                loss.backward()
+                marks.passed("backward")
+                marks.waited(self._last_gradient)
         spread.finish(averaged=not divided)
-        marks.append(_mark(self.device))
+        if self.world.size > 1:
+            marks.passed("communication")
         norm = gradient_norm(model, train.clip_grad_norm)
         numbers = {"loss": loss, "grad_norm": norm, **{f"losses.{key}": value for key, value in losses.items()}}
         if isinstance(getattr(model, "logit_scale", None), Tensor):
             numbers["logit_scale"] = model.logit_scale.exp()
         numbers["stop"] = loss.new_full((), float(bool(self._received) or self._saver.failed))
+        marks.passed("optimizer")
         values = self.world.mean(torch.stack([value.detach().float() for value in numbers.values()]))
+        if self.world.size > 1:
+            marks.passed("communication")
         on_host = torch.empty(values.shape, pin_memory=self.device.type == "cuda").copy_(values, non_blocking=True)
         finite = torch.isfinite(values[:2]).all()
         optimizer.found_inf = (~finite).float()  # torch's fused optimisers leave everything as it is where this is 1
@@ -288,7 +320,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         if isinstance(model, AfterStep) and finite:
             model.after_step()
-        marks.append(_mark(self.device))
+        marks.passed("optimizer")
         record = {"step": self.position.step + 1, "stage": name, "lr": lr}
         return _Taken(record, list(numbers), on_host, marks, batch)
 
@@ -299,18 +331,20 @@ class Trainer:
         """Writes the steps taken but for the newest `leave`, whose numbers may not have arrived."""
         while len(self._taken) > leave:
             taken = self._taken.popleft()
-            times = _durations(taken.marks)
             values = dict(zip(taken.names, taken.values.tolist(), strict=True))
             self._stopped |= values.pop("stop") > 0
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             self.position.nonfinite += not finite
             losses = {key.removeprefix("losses."): values.pop(key) for key in taken.names if key.startswith("losses.")}
             record = {**taken.record, **values, "losses": losses, "nonfinite_steps": self.position.nonfinite}
-            record["seconds"].update(zip(("forward", "backward", "optimizer"), times, strict=True))
+            record["seconds"].update(taken.marks.seconds())
+            if self.profiler is not None:
+                self.profiler.write(record)
             self._metrics.write(record)
             self._display.step(record, self.config.train.batch_size)
             if self._board.every and record["step"] % self._board.every == 0:
                 self._board.write(record["step"], {key: value for key, value in record.items() if key != "step"})
+            self._wandb.write(record["step"], {key: value for key, value in record.items() if key != "step"})
             if not finite:
                 self._keep_nonfinite(record, taken.batch)
 
@@ -340,6 +374,7 @@ class Trainer:
         set_rng_state(state)
         self._evaluations.write({"step": self.position.step, **metrics})
         self._board.write(self.position.step, metrics, "evaluation")
+        self._wandb.write(self.position.step, metrics, "evaluation")
 
     def _save(self, loader: Loader) -> None:
         self._write_taken(0)
@@ -375,20 +410,3 @@ def _stop_signals(received: list[signal.Signals]) -> Iterator[None]:
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)
-
-
-def _mark(device: torch.device) -> Any:
-    """A moment in the device's own time: reading it never waits for a GPU."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _durations(marks: list[Any]) -> list[float]:
-    """Seconds between marks, once the device is past the last one."""
-    if isinstance(marks[0], float):
-        return [after - before for before, after in pairwise(marks)]
-    marks[-1].synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
