@@ -31,7 +31,7 @@ class Setting:
     samples: int = 512  # of this rank
     width: int = 512  # of a feature
     tokens: int = 32  # of each sample on the side that travels (late interaction)
-    item: int = 2  # bytes of a travelling feature, and of FSDP2's travelling parameters
+    item: int = 2  # bytes of a travelling feature
     parameters: int = 0  # all trained; those without dimensions are few enough not to count
     in_blocks: int = 0  # of them in repeated blocks
     largest_block: int = 0
@@ -61,7 +61,7 @@ def ddp(s: Setting) -> list[Collective]:
 def fsdp(s: Setting) -> list[Collective]:
     """Each group's parameters for its forward, those of blocks again for the backward, gradients in float32 once."""
     return [
-        Collective("all_gather", s.item * (s.parameters + s.in_blocks)),
+        Collective("all_gather", WIDE * (s.parameters + s.in_blocks)),
         Collective("reduce_scatter", WIDE * s.parameters),
     ]
 
@@ -106,7 +106,7 @@ def states(s: Setting) -> float:
 
 def fsdp_gathered(s: Setting) -> float:
     """Bytes of parameters that are whole at once: those outside of blocks, and of two blocks."""
-    return s.item * (s.parameters - s.in_blocks + 2 * s.largest_block)
+    return WIDE * (s.parameters - s.in_blocks + 2 * s.largest_block)
 
 
 def gathered(s: Setting, width: int) -> float:

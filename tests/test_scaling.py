@@ -215,7 +215,7 @@ def test_memory() -> None:
     assert scaling.MEMORY["sharded_sigmoid_loss"](setting(2)) == 8 * 8 * WIDTH
     s = replace(setting(2), parameters=100, in_blocks=60, largest_block=20, item=2, stash_bytes=100)
     assert scaling.MEMORY["DDP"](s) == 1600
-    assert scaling.MEMORY["FSDP2"](s) == 800 + 2 * (40 + 40)
+    assert scaling.MEMORY["FSDP2"](s) == 800 + 4 * (40 + 40)
     assert scaling.MEMORY["sharded_sigmoid_loss"](s) == 8 * 8 * WIDTH
     assert scaling.MEMORY["sharded_clip_loss"](s) == 8 * 8 * WIDTH + 2 * 4 * 8
     assert scaling.MEMORY["sharded_clip_loss"](replace(s, stash_bytes=10)) == 8 * 8 * WIDTH + 10
