@@ -135,6 +135,14 @@ class HasModes(Protocol):
 
 
 @runtime_checkable
+class LayerDepths(Protocol):
+    def layer_depth(self, name: str) -> tuple[int, int]:
+        """Where the parameter of that name stands for train.layer_decay: its depth in its tower and the tower's last depth. Its
+        rate is multiplied by layer_decay ** (last - depth). Without this method depths are read from the names."""
+        ...
+
+
+@runtime_checkable
 class EncodesImages(Protocol):
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] -> [B, D] of unit length."""

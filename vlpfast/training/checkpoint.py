@@ -1,7 +1,7 @@
 """Checkpoints: written aside, checked, renamed; the newest one that is whole is found again.
 
 checkpoints/step-00000500/
-    *.distcp, .metadata   tensors of the model and the optimiser by name, in torch.distributed.checkpoint's format
+    *.distcp, .metadata   tensors of the model, the optimiser and the average by name, in torch.distributed.checkpoint's format
     state.json            everything else: position, model, and for each process its random generators and its loader
     manifest.json         size and CRC-32 of every other file; written last
 
@@ -18,7 +18,7 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,18 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    more: Mapping[str, Tensor],
+) -> Path:
     """Writes folder/step-N with `state` (plain JSON values) beside the tensors, then removes all but the newest `keep`.
 
+    more: tensors beside those of the model and the optimiser, under the names that they are to have there (ema.NAME).
     UserError: the disk is full or cannot be written. The half-written folder is removed, earlier checkpoints are as they were.
     """
     final = folder / f"step-{step:08d}"
@@ -49,7 +58,7 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         with _one_process():
-            tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
+            tensors = {**_model_tensors(model), **_optimizer_tensors(model, optimizer), **more}
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(aside))  # it calls fsync on its files
         _write_json(aside / "state.json", {"format": FORMAT, "step": step, **state})
         _write_json(aside / "manifest.json", {path.name: _fingerprint(path) for path in sorted(aside.iterdir())})
@@ -126,15 +135,22 @@ def read_state(path: Path, described: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fills the model and the optimiser from a whole checkpoint. UserError: names or shapes do not fit."""
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, more: Mapping[str, Tensor]) -> None:
+    """Fills the model, the optimiser and `more` (as in save) from a whole checkpoint. UserError: names or shapes do not fit."""
     _load_model(path, model)
     _load_optimizer(path, model, optimizer)
+    stored = dict(_stored(path))
+    for name, tensor in more.items():
+        if name not in stored or stored[name].size != tensor.shape:
+            raise UserError(f"{path} has no {name} of shape {list(tensor.shape)}: was train.ema_decay set when it was saved?")
+    with _one_process():
+        dcp.load(dict(more), storage_reader=dcp.FileSystemReader(path))
 
 
 def load_weights(source: str | Path, model: nn.Module) -> str:
     """Fills the model from a run folder (its newest whole checkpoint), a checkpoint or a .safetensors file; returns which.
 
+    Where a checkpoint has an average of a weight (train.ema_decay), that is what the model gets, as model.safetensors does.
     If the model has a method `convert(state_dict) -> state_dict`, it puts the tensors of a .safetensors file under its own names.
     UserError: nothing to load there, or names or shapes do not fit the model.
     """
@@ -150,6 +166,7 @@ def load_weights(source: str | Path, model: nn.Module) -> str:
         elif damaged(path):
             raise UserError(f"{path} is damaged: {damaged(path)}")
         _load_model(path, model)
+        _load_averages(path, model)
         return str(path)
     try:
         tensors = load_file(path)
@@ -204,6 +221,13 @@ def _load_model(path: Path, model: nn.Module) -> None:
     _check_fit(path, stored, model)
     with _one_process():
         dcp.load(_model_tensors(model), storage_reader=dcp.FileSystemReader(path))
+
+
+def _load_averages(path: Path, model: nn.Module) -> None:
+    stored = {name for name, _ in _stored(path)}
+    averages = {f"ema.{name}": p.data for name, p in model.named_parameters() if f"ema.{name}" in stored}
+    with _one_process():
+        dcp.load(averages, storage_reader=dcp.FileSystemReader(path))
 
 
 def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -8,7 +8,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from vlpfast.training import checkpoint
 from vlpfast.training.config import RunConfig, Stage, to_dict
+from vlpfast.training.ema import WeightAverage
 from vlpfast.training.metrics import Display, JsonLines, TensorBoard
 from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
-from vlpfast.training.precision import use_bfloat16
+from vlpfast.training.precision import autocast_dtype, loss_scaler, working_weights
 from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
@@ -85,7 +86,9 @@ class Trainer:
         self.position = Position()
         self._offered = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._described = to_dict(config)["model"]
-        self._bf16 = use_bfloat16(config.train.precision, device)
+        self._dtype = autocast_dtype(config.train.precision, device)
+        self._scaler = loss_scaler(config.train, device)
+        self._average: WeightAverage | None = None
         self._saved_step = 0
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -135,7 +138,8 @@ class Trainer:
             for index in range(first, len(stages)):
                 if not self._run_stage(index, *stages[index], state if index == first else None, newest):
                     return False
-            checkpoint.export(self.model, self.run_dir / "model.safetensors")
+            with self._evaluated_weights():
+                checkpoint.export(self.model, self.run_dir / "model.safetensors")
             self._evaluate()
             return True
         finally:
@@ -144,7 +148,7 @@ class Trainer:
 
     def _say_start(self, newest: Path | None) -> None:
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        precision = "bf16" if self._bf16 else "fp32"
+        precision = str(self._dtype or torch.float32).removeprefix("torch.")
         say, left = self._display.say, self._total - self.position.step
         say(f"{self.config.model.name}: {count:,} parameters, {precision} on {self.device}, run folder {self.run_dir}")
         if newest is not None:
@@ -162,9 +166,13 @@ class Trainer:
             if stage.init_from:
                 source = checkpoint.load_weights(stage.init_from, self.model)
                 self._display.say(f"stage {name}: weights from {source}")
+        self._weights = working_weights(self.model, train.precision)
         self._optimizer = build_optimizer(self.model, train, name, stage)
+        self._average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         if state is not None:
-            checkpoint.load(saved, self.model, self._optimizer)
+            checkpoint.load(saved, self.model, self._optimizer, self._average_tensors())
+            if self._scaler.is_enabled():
+                self._scaler.load_state_dict(state["scaler"])
         if position.stage_step >= steps:
             return True
         loader = self.loader_for_stage(name, stage)
@@ -232,21 +240,28 @@ class Trainer:
         if isinstance(model, BeforeStep):
             model.before_step(progress.step)
         marks = [_mark(self.device)]
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-            losses = model(batch, progress)
-            loss = weighted_sum(losses, stage.losses, name)
+        with self._weights:
+            with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+                losses = model(batch, progress)
+                loss = weighted_sum(losses, stage.losses, name)
+            marks.append(_mark(self.device))
+            self._scaler.scale(loss).backward()
         marks.append(_mark(self.device))
-        loss.backward()
-        marks.append(_mark(self.device))
-        norm = gradient_norm(model, train.clip_grad_norm)
+        self._scaler.unscale_(optimizer)
+        norm = gradient_norm(model, train.clip_grad_norm, train.clip_grad_value)
         numbers = {"loss": loss, "grad_norm": norm, **{f"losses.{key}": value for key, value in losses.items()}}
         if isinstance(getattr(model, "logit_scale", None), Tensor):
             numbers["logit_scale"] = model.logit_scale.exp()
+        if self._scaler.is_enabled():
+            numbers["loss_scale"] = self._scaler.scale(torch.ones((), device=self.device))
         values = torch.stack([value.detach().float() for value in numbers.values()])
         on_host = torch.empty(values.shape, pin_memory=self.device.type == "cuda").copy_(values, non_blocking=True)
         finite = torch.isfinite(values[:2]).all()
-        optimizer.found_inf = (~finite).float()  # torch's fused optimisers leave everything as it is where this is 1
+        optimizer.found_inf = found_inf = (~finite).float()  # every optimiser here leaves all as it is where this is 1
         optimizer.step()
+        self._scaler.update()
+        if self._average is not None:
+            self._average.update(progress.step, found_inf)
         optimizer.zero_grad(set_to_none=True)
         if isinstance(model, AfterStep) and finite:
             model.after_step()
@@ -260,7 +275,9 @@ class Trainer:
             taken = self._taken.popleft()
             times = _durations(taken.marks)
             values = dict(zip(taken.names, taken.values.tolist(), strict=True))
-            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+            # A gradient too large for fp16 halves the loss's scale: that is how it is found. At 1 it is the gradient's own fault.
+            rescaled = values.get("loss_scale", 1.0) > 1.0
+            finite = math.isfinite(values["loss"]) and (math.isfinite(values["grad_norm"]) or rescaled)
             self.position.nonfinite += not finite
             losses = {key.removeprefix("losses."): values.pop(key) for key in taken.names if key.startswith("losses.")}
             record = {**taken.record, **values, "losses": losses, "nonfinite_steps": self.position.nonfinite}
@@ -291,11 +308,18 @@ class Trainer:
             return
         state = rng_state()
         self.model.eval()
-        metrics = self.on_evaluate(self.position.step)
+        with self._evaluated_weights():
+            metrics = self.on_evaluate(self.position.step)
         self.model.train()
         set_rng_state(state)
         self._evaluations.write({"step": self.position.step, **metrics})
         self._board.write(self.position.step, metrics, "evaluation")
+
+    def _evaluated_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._average is None else self._average.applied()
+
+    def _average_tensors(self) -> dict[str, Tensor]:
+        return {} if self._average is None else self._average.tensors()
 
     def _save(self, loader: Loader) -> None:
         self._write_taken(0)
@@ -306,11 +330,13 @@ class Trainer:
         state = {
             "position": asdict(self.position),
             "model": self._described,
+            "scaler": self._scaler.state_dict(),
             "processes": [{"rng": rng_state(), "loader": loader.state_dict()}],
         }
         train = self.config.train
         folder = self.run_dir / "checkpoints"
-        checkpoint.save(folder, self.position.step, self.model, self._optimizer, state, train.keep_checkpoints)
+        more = self._average_tensors()
+        checkpoint.save(folder, self.position.step, self.model, self._optimizer, state, train.keep_checkpoints, more)
         self._saved_step = self.position.step
 
 
