@@ -156,11 +156,14 @@ def gradient_norm(model: nn.Module, max_norm: float, max_value: float = 0.0) -> 
     the whole gradients, the same on every process.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    if max_value > 0:
-        torch.nn.utils.clip_grad_value_(parameters, max_value)
+    sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
+    whole = [parameter for parameter in parameters if not isinstance(parameter.grad, DTensor)]  # FSDP2 takes no scalars
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in whole])
+    if sharded:
+        norm = torch.hypot(norm, torch.nn.utils.get_total_norm([parameter.grad for parameter in sharded]).full_tensor())
+    for part in filter(None, (whole, sharded)):
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+        if max_value > 0:
+            torch.nn.utils.clip_grad_value_(part, max_value)
     return norm

@@ -116,7 +116,8 @@ class LAMB(Guarded):
 
     Every parameter has its quotient, biases and norms too, as in the paper (its official code leaves those two out, NVIDIA's
     leaves out what is not decayed). State: exp_avg, exp_avg_sq, step (0-d float32, counting the steps that were not skipped).
-    Of DTensors the norms are those of the whole tensors: all of a group must be spread alike, as FSDP2 spreads them.
+    Of DTensors the norms are those of the whole tensors: all of a group must be spread alike, as FSDP2 spreads them. Parameters
+    that it leaves out, such as scalars, may be among them.
     """
 
     moments = ("exp_avg", "exp_avg_sq")
@@ -155,16 +156,17 @@ def _correction(beta: float, steps: list[Tensor], dtype: torch.dtype) -> list[Te
 
 
 def _norms(tensors: list[Tensor], like: list[Tensor]) -> Tensor:
-    """Euclidean norm of each tensor, [len(tensors)]. Where `like` are DTensors, of the wholes whose parts the tensors are."""
+    """Euclidean norm of each tensor, [len(tensors)]; where `like` is a DTensor, of the whole whose part the tensor is."""
     norms = torch.stack(torch._foreach_norm(local(tensors)))
-    if not isinstance(like[0], DTensor):
+    spread = [(t.device_mesh, [placement.is_shard() for placement in t.placements]) for t in like if isinstance(t, DTensor)]
+    if not spread:
         return norms
-    spread = [(tensor.device_mesh, [placement.is_shard() for placement in tensor.placements]) for tensor in like]
     if any(other != spread[0] for other in spread):
-        raise ValueError("LAMB: expected all parameters of a group to be sharded over the same mesh dimensions")
+        raise ValueError("LAMB: expected all DTensors of a group to be sharded over the same mesh dimensions")
     mesh, sharded = spread[0]
     placements = [Partial() if split else Replicate() for split in sharded]
-    return DTensor.from_local(norms.square(), mesh, placements).full_tensor().sqrt()  # one collective for all of them
+    whole = DTensor.from_local(norms.square(), mesh, placements).full_tensor().sqrt()  # one collective for all of them
+    return torch.stack([a if isinstance(t, DTensor) else b for a, b, t in zip(whole, norms, like, strict=True)])
 
 
 class SGD(Guarded):
