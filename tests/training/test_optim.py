@@ -342,7 +342,9 @@ class FusedAdam(torch.optim.Optimizer):
     """With apex's conventions (capturable): the step counted in the group by the flag seen last, the rate a tensor, the flag of a
     scaler read on the device, no arguments to zero_grad."""
 
-    def __init__(self, params: Any, lr: float, betas: Any, eps: float, adam_w_mode: bool, capturable: bool, weight_decay: float = 0) -> None:  # fmt: skip  # noqa: E501
+    def __init__(
+        self, params: Any, lr: float, betas: Any, eps: float, adam_w_mode: bool, capturable: bool, weight_decay: float = 0
+    ) -> None:
         super().__init__(params, {"lr": torch.tensor(lr), "betas": betas, "eps": eps, "weight_decay": weight_decay})
         assert adam_w_mode and capturable
         self._dummy_overflow_buf = torch.zeros(1, dtype=torch.int32)
@@ -388,7 +390,8 @@ class FusedLAMB(torch.optim.Optimizer):
             group["step"] = group["step"] + 1 if "step" in group else 1
             assert isinstance(group["step"], int)
             params = [p for p in group["params"] if p.grad is not None]
-            plain = LAMB([{**{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}, "params": params}], group["lr"], group["betas"])  # fmt: skip  # noqa: E501
+            settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            plain = LAMB(params, **settings)
             for p in params:
                 if len(self.state[p]) == 0:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
