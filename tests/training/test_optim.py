@@ -93,14 +93,16 @@ def test_lion_and_lamb_follow_the_paper(name: str, rule: Callable[..., Tensor]) 
         torch.testing.assert_close([p.detach() for p in params], expected, rtol=1e-13, atol=1e-13)
 
 
-def test_sgd_is_that_of_torch() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_that_of_torch(momentum: float) -> None:
     ours, theirs = parameters(torch.float64), parameters(torch.float64)
-    optimizers = make("sgd", ours), torch.optim.SGD(theirs, lr=LR, momentum=0.9, weight_decay=DECAY)
+    optimizers = [kind(p, lr=LR, momentum=momentum, weight_decay=DECAY) for kind, p in ((SGD, ours), (torch.optim.SGD, theirs))]
     for step in range(4):
         for params, optimizer in zip((ours, theirs), optimizers, strict=True):
             give_gradients(params, step)
             optimizer.step()
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
+    assert len(optimizers[0].state[ours[0]]) == (momentum > 0)
 
 
 def test_lamb_where_a_norm_is_zero() -> None:

@@ -25,7 +25,8 @@ def descend_(tensors: Sequence[Tensor], updates: Sequence[Tensor], lr: float, de
 
 def average_(averages: Sequence[Tensor], values: Sequence[Tensor], share: float, found_inf: Tensor | None) -> None:
     """a <- a + share (v - a) in place for every pair, unless found_inf is 1. As descend_ otherwise."""
-    _sgd_(averages, values, (), share, 1.0, found_inf, maximize=True)
+    # Not the kernel's `maximize`: whether that turns the sign of the decay too depends on device and version.
+    _sgd_(averages, values, (), -share, -1.0, found_inf)
 
 
 def _sgd_(
@@ -36,11 +37,10 @@ def _sgd_(
     decay: float,
     found_inf: Tensor | None,
     momentum: float = 0.0,
-    maximize: bool = False,
 ) -> None:
     torch._fused_sgd_(
         local(tensors), local(updates), local(buffers), weight_decay=decay, momentum=momentum, lr=lr, dampening=0.0,
-        nesterov=False, maximize=maximize, is_first_step=False, grad_scale=None, found_inf=found_inf,
+        nesterov=False, maximize=False, is_first_step=False, grad_scale=None, found_inf=found_inf,
     )  # fmt: skip
 
 
@@ -173,16 +173,15 @@ class SGD(Guarded):
     """Momentum without dampening; the decay is part of the gradient, as in torch: m <- momentum m + g + wd x;  x <- x - lr m.
 
     torch's own fused SGD leaves uninitialised memory as the momentum if the very first step is skipped, and takes no DTensors.
-    State: momentum_buffer.
+    State: momentum_buffer; none where momentum is 0.
     """
-
-    moments = ("momentum_buffer",)
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.moments = ("momentum_buffer",) if momentum else ()  # the kernel takes no buffers without one
 
     def update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]]) -> None:
-        buffers = [state["momentum_buffer"] for state in states]
+        buffers = [state[key] for state in states for key in self.moments]
         _sgd_(weights, grads, buffers, group["lr"], group["weight_decay"], self.found_inf, group["momentum"])
 
 
