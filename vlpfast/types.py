@@ -137,8 +137,8 @@ class HasModes(Protocol):
 @runtime_checkable
 class LayerDepths(Protocol):
     def layer_depth(self, name: str) -> tuple[int, int]:
-        """Where the parameter of that name stands for train.layer_decay: its depth in its tower and the tower's last depth. Its
-        rate is multiplied by layer_decay ** (last - depth). Without this method depths are read from the names."""
+        """Where a parameter stands for layer_decay: its depth in its tower and the tower's last depth. Its learning rate is
+        multiplied by layer_decay ** (last - depth). Without this method depths are read from the names."""
         ...
 
 

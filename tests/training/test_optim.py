@@ -23,7 +23,7 @@ from vlpfast.training import checkpoint
 from vlpfast.training.apex_optimizers import build_apex, find_apex
 from vlpfast.training.config import Group, Stage, TrainConfig
 from vlpfast.training.ema import WeightAverage
-from vlpfast.training.optim import build_optimizer, gradient_norm, layer_factors, learning_rate
+from vlpfast.training.optim import build_optimizer, gradient_norm, layers_above, learning_rate
 from vlpfast.training.optimizers import LAMB, SGD, Adafactor, Lion
 from vlpfast.types import UserError
 
@@ -218,53 +218,59 @@ class TwoTowers(nn.Module):
         self.vision, self.text, self.logit_scale = tower(3), tower(1), nn.Parameter(torch.tensor(1.0))
 
 
-def test_layer_factors_are_read_from_the_names_tower_by_tower() -> None:
-    assert layer_factors(TwoTowers(), 1.0) == {}
-    assert layer_factors(TwoTowers(), 0.5) == {
-        "vision.patch_embed.weight": 0.5**4,
-        "vision.norm_pre.weight": 0.5**4,
-        "vision.transformer.blocks.0.weight": 0.5**3,
-        "vision.transformer.blocks.1.weight": 0.5**2,
-        "vision.transformer.blocks.2.weight": 0.5,
-        "vision.norm.weight": 1.0,
-        "text.patch_embed.weight": 0.5**2,
-        "text.norm_pre.weight": 0.5**2,
-        "text.transformer.blocks.0.weight": 0.5,
-        "text.norm.weight": 1.0,
+def test_layers_are_read_from_the_names_tower_by_tower() -> None:
+    assert layers_above(TwoTowers()) == {
+        "vision.patch_embed.weight": 4,
+        "vision.norm_pre.weight": 4,
+        "vision.transformer.blocks.0.weight": 3,
+        "vision.transformer.blocks.1.weight": 2,
+        "vision.transformer.blocks.2.weight": 1,
+        "vision.norm.weight": 0,
+        "text.patch_embed.weight": 2,
+        "text.norm_pre.weight": 2,
+        "text.transformer.blocks.0.weight": 1,
+        "text.norm.weight": 0,
     }
-    assert layer_factors(tower(1)["transformer"], 0.5) == {"blocks.0.weight": 0.5}
+    assert layers_above(tower(1)["transformer"]) == {"blocks.0.weight": 1}
     layers = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     plain = nn.ModuleDict({"embed": nn.Linear(2, 2), "layers": layers, "head": nn.Linear(2, 2)})
-    assert list(layer_factors(plain, 0.5).values()) == [0.125, 0.125, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0]
+    assert list(layers_above(plain).values()) == [3, 3, 2, 2, 1, 1, 0, 0]
     both = nn.ModuleDict({"a": nn.ModuleDict({"embed": nn.Linear(2, 2), "x": tower(1), "y": tower(1)})})
-    assert not any(name.startswith("a.embed") for name in layer_factors(both, 0.5))  # of both towers, so of neither
+    assert not any(name.startswith("a.embed") for name in layers_above(both))  # of both towers, so of neither
 
 
 def test_layer_decay_multiplies_the_groups_rate_and_a_model_may_say_its_own_depths() -> None:
+    def factors(train: TrainConfig, stage: Stage) -> dict[str, tuple[float, float]]:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = build_optimizer(model, train, "s", stage).param_groups
+        return {names[p]: (g["factor"], g["weight_decay"]) for g in groups for p in g["params"]}
+
     model = TwoTowers()
     stage = Stage(groups={"vision.*": Group(lr=0.1, weight_decay=0.3)})
-    optimizer = build_optimizer(model, TrainConfig(layer_decay=0.5), "s", stage)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    found = {names[p]: (g["factor"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    found = factors(TrainConfig(layer_decay=0.5), stage)
     assert found["vision.transformer.blocks.1.weight"] == (0.1 * 0.25, 0.3) and found["vision.norm.weight"] == (0.1, 0.0)
     assert found["text.transformer.blocks.0.weight"] == (0.5, 0.2) and found["logit_scale"] == (1.0, 0.0)
+    stage.groups["vision.*"].layer_decay = 0.25  # of this tower alone
+    found = factors(TrainConfig(), stage)
+    assert found["vision.transformer.blocks.1.weight"] == (0.1 * 0.0625, 0.3)
+    assert found["text.transformer.blocks.0.weight"] == (1.0, 0.2)
 
     model.layer_depth = lambda name: (2, 5) if name.startswith("vision") else (5, 5)
-    assert set(layer_factors(model, 0.5).values()) == {0.125, 1.0}
-    with pytest.raises(
-        UserError, match=r"train.layer_decay=0.5: no parameter of Linear has a numbered block.*They are weight, bias"
-    ):
-        layer_factors(nn.Linear(2, 2), 0.5)
+    assert set(layers_above(model).values()) == {3, 0}
+    model = nn.Linear(2, 2)
+    for train, groups in ((TrainConfig(layer_decay=0.5), {}), (TrainConfig(), {"weight": Group(layer_decay=0.5)})):
+        with pytest.raises(UserError, match=r"layer_decay=0.5: no parameter of Linear has a numbered block in its name"):
+            build_optimizer(model, train, "s", Stage(groups=groups))
 
 
 def test_layer_depths_of_clip() -> None:
     from vlpfast.models.clip import CLIP
 
-    factors = layer_factors(CLIP(CLIP.Config.tiny()), 0.5)
-    assert factors["vision.position"] == factors["vision.norm_pre.weight"] == factors["vision.patch_embed.0.weight"] == 0.5**4
-    assert factors["vision.transformer.blocks.2.fc1.weight"] == 0.5 and factors["vision.norm_post.weight"] == 1.0
-    assert factors["text.token_embed.weight"] == factors["text.position"] == 0.5**3 and factors["text.norm.bias"] == 1.0
-    assert not any("projection" in name or name == "logit_scale" for name in factors)
+    above = layers_above(CLIP(CLIP.Config.tiny()))
+    assert above["vision.position"] == above["vision.norm_pre.weight"] == above["vision.patch_embed.0.weight"] == 4
+    assert above["vision.transformer.blocks.2.fc1.weight"] == 1 and above["vision.norm_post.weight"] == 0
+    assert above["text.token_embed.weight"] == above["text.position"] == 3 and above["text.norm.bias"] == 0
+    assert not any("projection" in name or name == "logit_scale" for name in above)
 
 
 # --- schedules and clipping ----------------------------------------------------------------------------------------------
@@ -328,6 +334,10 @@ def test_clipping_by_value_comes_after_the_norm() -> None:
         ("train={schedule: linear, cycle_steps: 3}", "train.cycle_steps belongs to train.schedule=cosine"),
         ("train={schedule: steps, decay_at: [0.8, 0.5]}", "train.decay_at: expected growing shares of the stage between 0 and 1"),
         ("train={schedule: steps, decay_at: [16]}", "train.decay_at: expected growing shares of the stage between 0 and 1"),
+        (
+            "stages.s.groups={x: {layer_decay: 0}}",
+            "stages.s.groups.x.layer_decay: expected a number above 0 and at most 1, got 0",
+        ),
         ("train.schedule=steps", "expected train.decay_at or train.decay_every, got neither"),
         ("train={optimizer: lion, optimizer_backend: apex}", "apex has adamw and lamb, got train.optimizer=lion"),
     ],

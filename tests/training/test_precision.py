@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,16 +40,24 @@ SETTINGS = {
 }
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_trains_skips_and_resumes_bit_for_bit(tmp_path: Path, name: str) -> None:
+def test_trains_skips_and_resumes_bit_for_bit(tmp_path: Path, deterministic: None, name: str, device: str) -> None:
     """Stopped after 7 of 24 steps, the fourth of them not finite, and gone on with: as if it had never stopped."""
     states: dict[str, dict[int, dict[str, Tensor]]] = {"whole": {}, "parts": {}}
     for way, stops in (("whole", [24]), ("parts", [7, 24])):
         (tmp_path / way).mkdir()
         for steps in stops:
-            more = ("train.schedule=constant", "evaluation.every=1", "model.head.dropout=0.05")
+            more = ["train.schedule=constant", "evaluation.every=1", "model.head.dropout=0.05"]
+            more += ["train.deterministic=true"] * (device == "cuda")
             stage = f"stages.all={{steps: {steps}, frozen: [logit_scale]}}"  # it alone would bring the loss down without end
-            trainer = toy_trainer(toy_config(tmp_path / way, *SETTINGS[name], *more, stage), poison=3)
+            trainer = toy_trainer(toy_config(tmp_path / way, *SETTINGS[name], *more, stage), poison=3, device=device)
 
             def remember(
                 step: int, trainer: Trainer = trainer, seen: dict[int, dict[str, Tensor]] = states[way]

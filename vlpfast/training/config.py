@@ -23,6 +23,7 @@ class Group:
 
     lr: float = 1.0  # factor on train.lr
     weight_decay: float | None = None  # null: train.weight_decay
+    layer_decay: float | None = None  # null: train.layer_decay
 
 
 @dataclass
@@ -358,6 +359,10 @@ def _validate(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         if stage.steps is not None and stage.steps <= 0:
             raise UserError(f"stages.{name}.steps: expected a number above 0, got {stage.steps}")
+        for pattern, group in stage.groups.items():
+            if group.layer_decay is not None and not 0 < group.layer_decay <= 1:
+                key = f"stages.{name}.groups.{pattern}.layer_decay"
+                raise UserError(f"{key}: expected a number above 0 and at most 1, got {group.layer_decay}")
     _validate_optimizer(config.train)
     if not config.train.run_dir:
         raise UserError("train.run_dir: expected a folder, got an empty string")

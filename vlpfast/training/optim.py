@@ -21,17 +21,26 @@ def build_optimizer(model: nn.Module, train: TrainConfig, name: str, stage: Stag
     """train.optimizer over the trained parameters, grouped by learning-rate factor and weight decay.
 
     Parameters of fewer than two dimensions (biases, norms, logit_scale) are never decayed, whatever their group says.
-    Each group carries `factor`, its factor on the schedule's learning rate: that of the stage's group times the layer's. The
-    optimiser obeys `found_inf` (optimizers.py). UserError: a pattern fits nothing, no depths for layer_decay, no apex here.
+    Each group carries `factor`, its factor on the schedule's learning rate: that of the stage's group times the layer's, which is
+    layer_decay ** layers_above. The optimiser obeys `found_inf` (optimizers.py).
+    UserError: a pattern fits nothing, layer_decay is set and no layers are found, apex is asked for and not here.
     """
     check_patterns(f"stages.{name}.groups", stage.groups, model)
-    layers = layer_factors(model, train.layer_decay)
+    above = layers_above(model)
+    decays = {train.layer_decay, *(group.layer_decay for group in stage.groups.values())} - {None, 1.0}
+    if decays and not above:
+        raise UserError(
+            f"layer_decay={min(decays)}: no parameter of {type(model).__name__} has a numbered block in its name (blocks.0., "
+            "layers.0., ...): expected 1, or a model with a method layer_depth"
+        )
     collected: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = next((group for pattern, group in stage.groups.items() if matches(parameter_name, [pattern])), Group())
             decay = train.weight_decay if group.weight_decay is None else group.weight_decay
-            key = (group.lr * layers.get(parameter_name, 1.0), decay if parameter.ndim > 1 else 0.0)
+            layer_decay = train.layer_decay if group.layer_decay is None else group.layer_decay
+            factor = group.lr * layer_decay ** above.get(parameter_name, 0)
+            key = (factor, decay if parameter.ndim > 1 else 0.0)
             collected.setdefault(key, []).append(parameter)
     groups = [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay), params in collected.items()]
     betas = (train.betas[0], train.betas[1])
@@ -67,8 +76,8 @@ _BLOCK = re.compile(r"(?:(.*?)\.)?(?:blocks|layers|layer|resblocks)\.(\d+)\.")
 _EMBEDDING = re.compile(r"embed|position|patch|stem|(cls|class|mask)_token|(norm|ln)_pre")
 
 
-def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
-    """decay ** (last depth - depth) by parameter name, for every parameter that stands in a tower; {} where decay is 1.
+def layers_above(model: nn.Module) -> dict[str, int]:
+    """Layers between each parameter and the output of its tower, by name, for every parameter that stands in one.
 
     Depths are the model's own (LayerDepths) or read from the names. A tower is what has numbered blocks (blocks.N, layers.N,
     layer.N, resblocks.N): its embeddings, and what else stands before its blocks, have depth 0, block N has N + 1, and the rest
@@ -76,17 +85,9 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
 
     Clark et al. 2020, "ELECTRA", arXiv 2003.10555; with these depths Bao et al. 2022, "BEiT", arXiv 2106.08254.
     """
-    if decay == 1.0:
-        return {}
     names = [name for name, _ in model.named_parameters()]
-    own = isinstance(model, LayerDepths)
-    depths = {name: model.layer_depth(name) for name in names} if own else _depths(names)
-    if not depths:
-        raise UserError(
-            f"train.layer_decay={decay}: no parameter of {type(model).__name__} has a numbered block in its name "
-            f"(blocks.0., layers.0., ...); expected 1, or a model with a method layer_depth. They are {', '.join(names[:8])}, ..."
-        )
-    return {name: decay ** (last - depth) for name, (depth, last) in depths.items()}
+    depths = {name: model.layer_depth(name) for name in names} if isinstance(model, LayerDepths) else _depths(names)
+    return {name: last - depth for name, (depth, last) in depths.items()}
 
 
 def _depths(names: Iterable[str]) -> dict[str, tuple[int, int]]:
