@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
-from toy_run import toy_config, toy_model
+from toy_run import toy_config, toy_model, toy_trainer
 
 from vlpfast.training import checkpoint
 from vlpfast.training.apex_optimizers import build_apex, find_apex
@@ -314,6 +314,16 @@ def test_clipping_by_value_comes_after_the_norm() -> None:
     torch.testing.assert_close(layer.weight.grad, torch.tensor([[0.6, -0.7]]))
     layer.weight.grad = torch.tensor([[math.inf, 1.0]])
     assert gradient_norm(layer, 0.0, 1.0).isinf()  # clipped or not, the step is skipped
+
+
+def test_a_run_clips_by_value(tmp_path: Path) -> None:
+    plain = ("train={optimizer: sgd, momentum: 0, weight_decay: 0, lr: 1, warmup_steps: 0}", "train.steps=1")
+    config = toy_config(tmp_path, *plain, "train.clip_grad_norm=0", "train.clip_grad_value=1e-3")
+    before = toy_model(config).image[0].weight.detach()
+    trainer = toy_trainer(config)
+    trainer.fit()
+    moved = (trainer.model.image[0].weight.detach() - before).abs()
+    assert moved.max() == pytest.approx(1e-3, rel=1e-3) and moved.min() < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -222,9 +222,19 @@ def test_a_step_is_adamws_on_the_masters(tmp_path: Path) -> None:
     torch.testing.assert_close(trainer.model.text.weight, model.text.weight, rtol=0, atol=1e-9)
 
 
-def test_a_checkpoint_holds_the_masters(tmp_path: Path) -> None:
-    trainer = toy_trainer(toy_config(tmp_path, "train.precision=bf16_params", "train.steps=2"))
+class Watching(Toy):
+    """Notes the dtype of its weights in every forward."""
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        self.seen = (self.text.weight.dtype, self.text.bias.dtype, self.momentum.weight.dtype)
+        return super().forward(batch, progress)
+
+
+def test_forwards_see_bf16_weights_and_a_checkpoint_holds_the_masters(tmp_path: Path) -> None:
+    config = toy_config(tmp_path, "train.precision=bf16_params", "train.steps=2")
+    trainer = Trainer(config, Watching(config.model.config), lambda name, stage: ToyLoader(8), torch.device("cpu"))
     trainer.fit()
+    assert trainer.model.seen == (torch.bfloat16, torch.float32, torch.float32)
     stored = FileSystemReader(tmp_path / "run" / "checkpoints" / "step-00000002").read_metadata().state_dict_metadata
     kinds = {entry.properties.dtype for name, entry in stored.items() if name not in ("model.calls",)}
     assert kinds == {torch.float32}

@@ -64,7 +64,8 @@ class Trainer:
     from a flag on the device, so a GPU is never waited for. Its numbers are read at once on a CPU, one step later on a GPU, and
     always before an evaluation or a checkpoint; files and parameters are the same either way, only the end after
     train.max_nonfinite comes one step later on a GPU. The exception is a model with after_step, which is called only after
-    steps that counted: there the flag is waited for.
+    steps that counted: there the flag is waited for. With train.precision=fp16 a gradient that is too large for its loss scale is
+    skipped likewise and halves the scale; it counts as not finite only where the loss is not, or the scale is down to 1.
 
     Two starts of the same run give the same bits on a CPU, and on a GPU with train.deterministic.
     """
