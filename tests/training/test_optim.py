@@ -25,6 +25,7 @@ from vlpfast.training.config import Group, Stage, TrainConfig
 from vlpfast.training.ema import WeightAverage
 from vlpfast.training.optim import build_optimizer, gradient_norm, layers_above, learning_rate
 from vlpfast.training.optimizers import LAMB, SGD, Adafactor, Lion
+from vlpfast.training.precision import BFloat16Weights, working_weights
 from vlpfast.types import UserError
 
 SHAPES = ((), (1,), (5,), (4, 3), (2, 3, 2, 2))
@@ -538,6 +539,26 @@ def spread_as_whole(rank: int, world: int, folder: Path) -> None:
             whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in [*(p.detach() for p in model), *averages, norm]]
             models.append(whole)
         torch.testing.assert_close(models[0], models[1], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    sharded = nn.ParameterList([nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))])
+    with pytest.raises(UserError, match=r"train.optimizer=adafactor: torch's does not take FSDP's parameters"):
+        build_optimizer(sharded, TrainConfig(optimizer="adafactor"), "s", Stage())
+    with pytest.raises(UserError, match=r"train.precision=bf16_params: FSDP keeps bf16 copies of its own"):
+        working_weights(sharded, "bf16_params")
+
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5)
+    with (weights := BFloat16Weights(layer)):
+        parallel = nn.parallel.DistributedDataParallel(layer)
+    data = torch.randn(world, 3, 6)
+    for _ in range(2):  # bf16 gradients are averaged and then summed in float32
+        with weights, torch.autocast("cpu", torch.bfloat16):
+            parallel(data[rank]).square().mean().backward()
+    alone = copy.deepcopy(layer)
+    alone.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        alone(data.flatten(0, 1)).square().mean().mul(2).backward()
+    torch.testing.assert_close(layer.weight.grad, alone.weight.grad, rtol=0.02, atol=2e-3)
+    assert layer.weight.grad.dtype == torch.float32
     dist.destroy_process_group()
 
 

@@ -176,9 +176,19 @@ def test_matrices_are_bf16_within_and_their_masters_outside() -> None:
     assert torch.equal(model[0].weight, 2 * masters[0])
 
 
+def test_tied_weights_stay_tied() -> None:
+    model = nn.ModuleList([nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)])
+    model[1].weight = master = model[0].weight
+    weights = BFloat16Weights(model)
+    with weights:
+        assert model[0].weight is model[1].weight and model[0].weight.dtype == torch.bfloat16
+        model[1](model[0](torch.randn(2, 3).bfloat16())).sum().backward()
+    assert model[0].weight is model[1].weight is master and master.grad.abs().sum() > 0
+
+
 def test_gradients_are_bf16_within_and_summed_in_float32() -> None:
     layer = nn.Linear(5, 4, bias=False)
-    weights, x = BFloat16Weights(layer.parameters()), torch.randn(3, 6, 5).bfloat16()
+    weights, x = BFloat16Weights(layer), torch.randn(3, 6, 5).bfloat16()
     total = torch.zeros(4, 5)
     for batch in x:
         with weights:

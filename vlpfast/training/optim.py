@@ -51,6 +51,8 @@ def build_optimizer(model: nn.Module, train: TrainConfig, name: str, stage: Stag
     if train.optimizer == "lion":
         return Lion(groups, lr=train.lr, betas=betas)
     if train.optimizer == "adafactor":
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise UserError("train.optimizer=adafactor: torch's does not take FSDP's parameters; adamw, lamb, lion and sgd do")
         return Adafactor(groups, lr=train.lr)
     if train.optimizer == "sgd":
         return SGD(groups, lr=train.lr, momentum=train.momentum)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from vlpfast.training.config import TrainConfig
@@ -88,41 +87,37 @@ def working_weights(model: nn.Module, precision: str) -> AbstractContextManager[
                 raise UserError(f"train.precision={precision}: expected float32 parameters, {name} is {parameter.dtype}")
             if precision == "bf16_params" and isinstance(parameter, DTensor):
                 raise UserError("train.precision=bf16_params: FSDP keeps bf16 copies of its own: use train.precision=bf16")
-    return BFloat16Weights(trained.values()) if precision == "bf16_params" else nullcontext()
+    return BFloat16Weights(model) if precision == "bf16_params" else nullcontext()
 
 
 class BFloat16Weights(AbstractContextManager[None]):
-    """Within the context the matrices among the parameters are bf16, and so are their gradients; outside they are the float32
-    masters again, bit for bit, with float32 gradients.
+    """Within the context the trained matrices of the model are bf16, and so are their gradients; outside they are the float32
+    masters again, with float32 gradients.
 
     The optimiser, the average, clipping and checkpoints thus know of float32 alone, and a checkpoint fits every precision.
     Entering rounds the masters; leaving adds the bf16 gradients to float32 ones that were there before (accumulation). Vectors
-    and scalars stay float32: they are small, and the temperature's last digits count. The memory of the bf16 weights stays the
-    same from one entering to the next.
+    and scalars stay float32: they are small, and the temperature's last digits count.
+
+    The bf16 parameters are the same from one entering to the next, in the same memory. DistributedDataParallel, which holds on to
+    the parameters it finds, must be made within the context; it then sends bf16 gradients.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = [parameter for parameter in parameters if parameter.ndim > 1]
-        self.masters = [parameter.data for parameter in self.parameters]
-        self.rounded = [master.to(torch.bfloat16) for master in self.masters]
-        self.sums: list[Tensor | None] = []
+    def __init__(self, model: nn.Module) -> None:
+        masters = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim > 1]
+        self.rounded = {master: nn.Parameter(master.detach().to(torch.bfloat16)) for master in masters}
+        # Every place, for tied weights have several.
+        self.places = [(m, key, p) for m in model.modules() for key, p in m._parameters.items() if p in self.rounded]
 
     def __enter__(self) -> None:
-        torch._foreach_copy_(self.rounded, self.masters)
-        self.sums = self._take_gradients()
-        for parameter, rounded in zip(self.parameters, self.rounded, strict=True):
-            parameter.data = rounded
+        with torch.no_grad():
+            torch._foreach_copy_(list(self.rounded.values()), list(self.rounded))
+        for module, key, master in self.places:
+            setattr(module, key, self.rounded[master])
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        grads = self._take_gradients()
-        for parameter, master, grad, total in zip(self.parameters, self.masters, grads, self.sums, strict=True):
-            parameter.data = master
-            if grad is not None:
-                grad = grad.float() if total is None else total.add_(grad)
-            parameter.grad = total if grad is None else grad
-
-    def _take_gradients(self) -> list[Tensor | None]:
-        grads = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-        return grads
+        for module, key, master in self.places:
+            setattr(module, key, master)
+        for master, rounded in self.rounded.items():
+            if rounded.grad is not None:
+                master.grad = rounded.grad.float() if master.grad is None else master.grad.add_(rounded.grad)
+                rounded.grad = None
