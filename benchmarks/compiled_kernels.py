@@ -35,6 +35,7 @@ from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
 from vlpfast.ops.maxsim import triton_score
 from vlpfast.ops.temporal import triton_attention, triton_segments
 from vlpfast.ops.temporal import triton_kernels as triton_temporal
+from vlpfast.ops.tokens import triton_match, triton_merge, triton_rows, triton_select
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -86,11 +87,11 @@ def pair_distill(dtype: torch.dtype, need_y: bool) -> None:
         triton_distill.backward(student, cross, *problem, stats, stash, True, True)
 
 
-def maxsim(dtype: torch.dtype, m: int, p: int, n: int, t: int, d: int, both: bool) -> None:
-    """One step: the scores of m x n sets of p and t tokens, their winners kept, then both gradients."""
+def maxsim(dtype: torch.dtype, m: int, p: int, n: int, t: int, d: int, both: bool, own: int | None = None) -> None:
+    """One step: the scores of m x n sets of p and t tokens, their winners kept, then both gradients; own: candidates each."""
     x, y = (torch.empty(size, d, dtype=dtype, device="meta") for size in (m * p, n * t))
     x_start, y_start = (torch.empty(sets + 1, dtype=torch.int64, device="meta") for sets in (m, n))
-    problem = x, y, x_start, y_start, None, None, p, t, None
+    problem = x, y, x_start, y_start, None, None, p, t, own
     x_to_y, y_to_x, *winners = triton_maxsim.forward(*problem, True, both, True, False, True)
     triton_maxsim.backward(x_to_y, y_to_x if both else None, *problem, True, False, *winners, True, True)
 
@@ -140,6 +141,37 @@ def temporal_attention(dtype: torch.dtype, frames: int) -> None:
     triton_attention.backward(out, q, k, v, None, 12, 0.125, False)
 
 
+def match_tokens(dtype: torch.dtype) -> None:
+    """ViT-B's tokens by their keys, r = 16."""
+    metric = torch.empty(256, 197, 64, dtype=dtype, device="meta")
+    triton_match.match(metric, None, None, 2, 1, 16, False, None)
+
+
+def merge_tokens(dtype: torch.dtype, mean: bool, largest: bool) -> None:
+    """One step with the tokens' sizes, for a mean with the gradient of these too."""
+    x = torch.empty(256, 197, 768, dtype=dtype, device="meta")
+    weight = torch.empty(256, 197, device="meta") if mean else None
+    index, kept, source, target = (torch.empty(256, n, dtype=torch.int64, device="meta") for n in (197, 181, 16, 16))
+    y, total = triton_merge.forward(x, weight, kept, source, target, mean, largest)
+    triton_merge.backward(y, total, index, weight, total, x, mean, largest, True, mean)
+
+
+def select_tokens(dtype: torch.dtype, normalize: bool) -> None:
+    """One step: a class token and 70 % of the others stay, the rest is fused by scores in float32."""
+    x, score = torch.empty(256, 197, 768, dtype=dtype, device="meta"), torch.empty(256, 197, device="meta")
+    kept, indices = triton_select.forward(x, score, None, 137, 1, False, True, normalize)
+    triton_select.backward(kept, x, score, None, indices, True, normalize, True, True)
+
+
+def mask_tokens(dtype: torch.dtype) -> None:
+    """One step: a quarter of the tokens stays, is put back beside the mask token, and the gradients of both."""
+    x, token = torch.empty(256, 197, 768, dtype=dtype, device="meta"), torch.empty(768, device="meta")
+    indices, inverse = triton_select.random_keep(torch.empty((), dtype=torch.int64, device="meta"), 256, 197, 49, 1, False)
+    back = triton_rows.gather_rows(triton_rows.gather_rows(x, indices, None), inverse, token)
+    triton_rows.filled_rows_sum(back, inverse)
+    triton_rows.gather_rows(triton_rows.gather_rows(back, indices, None), inverse, None)
+
+
 # operator -> a call with features of a dtype
 CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_logsumexp, stash": lambda dtype: pair_logsumexp(dtype, N * N),
@@ -151,6 +183,7 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "pair_distill, recompute": lambda dtype: pair_distill(dtype, True),
     "maxsim, 128 x 128 sets of 32 and 300, D 128": lambda dtype: maxsim(dtype, 128, 32, 128, 300, 128, False),
     "maxsim, 128 x 128 sets of 197 and 77, D 256, both ways": lambda dtype: maxsim(dtype, 128, 197, 128, 77, 256, True),
+    "maxsim, 128 sets of 32, 16 candidates of 300 each, D 128": lambda dtype: maxsim(dtype, 128, 32, 2048, 300, 128, False, 16),
     "score_contrastive_loss": lambda dtype: score_contrastive_loss(dtype, False),
     "score_contrastive_loss, smoothing, weights": lambda dtype: score_contrastive_loss(dtype, True),
     "sample_hard_negatives": lambda dtype: sample_hard_negatives(dtype, 0.0),
@@ -165,6 +198,13 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "segment_pool, attention": lambda dtype: segment_pool(dtype, 3),
     "temporal_attention, 8 frames": lambda dtype: temporal_attention(dtype, 8),
     "temporal_attention, 32 frames": lambda dtype: temporal_attention(dtype, 32),
+    "bipartite_match, 256 images of 197 tokens, C 64, r 16": match_tokens,
+    "merge, weighted, 256 images of 197 tokens, C 768, r 16": lambda dtype: merge_tokens(dtype, True, False),
+    "merge, sum": lambda dtype: merge_tokens(dtype, False, False),
+    "merge, largest": lambda dtype: merge_tokens(dtype, False, True),
+    "select, 256 images of 197 tokens, C 768, k 137, fused": lambda dtype: select_tokens(dtype, False),
+    "select, normalised": lambda dtype: select_tokens(dtype, True),
+    "random_mask, 256 images of 197 tokens, C 768, 75 %": mask_tokens,
 }
 
 

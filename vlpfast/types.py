@@ -17,11 +17,19 @@ class UserError(Exception):
 class Batch(TypedDict, total=False):
     """One batch, as every loader yields it and every model's forward takes it. Fields a model does not ask for are absent."""
 
-    image: Tensor  # [B, 3, H, W] float32, normalised with the DataSpec's mean and std
+    image: Tensor  # [B, 3, S, S] float32, normalised with the DataSpec's mean and std; [B, V, 3, S, S] of several views
+    image_local: Tensor  # [B, V, 3, s, s] the local views
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
     index: Tensor  # [B] int64 position of the sample in its source, on the CPU
-    crop: Tensor  # [B, 5] float32 x0, y0, width, height as fractions of the stored picture, then 1 if mirrored; on the CPU
+    source: Tensor  # [B] int64 number of the source in a mixture, on the CPU; only with several sources
+    crop: Tensor  # [B, 5] float32 x0, y0, width, height as fractions of the stored picture, then 1 if mirrored; on the CPU.
+    #               [B, V, 5] of several views. It reaches beyond the picture where the view is padded
+    crop_local: Tensor  # [B, V, 5] of the local views, on the CPU
+    warp: Tensor  # [B, (V,) 2, 3] float32 what RandAugment did after the crop: x, y of the view as fractions -> where they are
+    boxes: Tensor  # [B, (V,) N, 4] float32 x0, y0, x1, y1 as fractions of the view, cut at its border, in the order of the JSON
+    box_mask: Tensor  # [B, (V,) N] bool, True = enough of this box is in view
+    masks: Tensor  # [B, (V,) N, S, S] bool, what is seen of each object
     key: list[str]  # [B] WebDataset keys
     meta: list[dict[str, Any]]  # [B] the sample's JSON; only when the loader was asked for it
 
@@ -42,8 +50,59 @@ class Progress:
 
 
 @dataclass
+class ColorJitterSpec:
+    """ColorJitter: factors uniform in [max(0, 1 - s), 1 + s], the hue turned by up to `hue` of the circle; in a random order."""
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    prob: float = 0.8  # of all four together
+
+
+@dataclass
+class RandAugmentSpec:
+    """RandAugment (Cubuk et al. 2020): `num_ops` operations, drawn with replacement, all of strength `magnitude`.
+
+    recipe: "torchvision" is its fourteen operations with 31 magnitudes; "albef" the variant of ALBEF and its descendants: ten
+    operations, each left out with probability 1/2, magnitudes 0 to 10. See vlpfast/data/augment.py.
+    """
+
+    num_ops: int = 2
+    magnitude: int = 9
+    recipe: str = "torchvision"
+
+
+@dataclass
+class AugmentSpec:
+    """What happens to the pixels of a view in training, in this order; the flip comes before rand_augment. 0 or None: nothing."""
+
+    color_jitter: ColorJitterSpec | None = None
+    grayscale: float = 0.0  # probability
+    blur: float = 0.0  # probability of a Gaussian blur
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])  # pixels of the view, uniform between the two
+    solarize: float = 0.0  # probability; levels from 128 on are inverted
+    rand_augment: RandAugmentSpec | None = None
+
+
+@dataclass
+class ViewSpec:
+    """`count` views of each picture, drawn independently."""
+
+    count: int = 1
+    scale: list[float] = field(default_factory=lambda: [0.9, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])
+    mirror: float = 0.0
+    augment: AugmentSpec = field(default_factory=AugmentSpec)
+
+
+@dataclass
 class ImageSpec:
-    """Pictures: decoded to RGB, cropped, resized to `size` x `size`, mirrored, normalised. Evaluation takes the centre crop."""
+    """Pictures: decoded to RGB, cropped, resized to `size` x `size`, mirrored, augmented, normalised.
+
+    Evaluation shows one view, without random choices: what `resize` says. So does training if `random_crop` is off, but for
+    flips and augmentations. Boxes and masks follow the views in `image`, local views have none.
+    """
 
     size: int = 224
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
@@ -52,6 +111,16 @@ class ImageSpec:
     ratio: list[float] = field(default_factory=lambda: [0.75, 4 / 3])  # RandomResizedCrop: width over height
     mirror: float = 0.0  # probability of a left-right flip in training
     interpolation: str = "bicubic"  # or "bilinear"
+    random_crop: bool = True  # RandomResizedCrop in training
+    resize: str = "crop"  # the square in the middle; "squash": all of it, stretched; "pad": all of it, the mean colour around
+    augment: AugmentSpec = field(default_factory=AugmentSpec)
+    views: list[ViewSpec] = field(default_factory=list)  # in training in place of the one view that the fields above describe
+    local_views: list[ViewSpec] = field(default_factory=list)  # beside them, smaller: Batch["image_local"]
+    local_size: int = 96
+    boxes: str = ""  # JSON field of the boxes, n times x0 y0 x1 y1 in pixels; "objects.box": the field of each object of a list
+    masks: str = ""  # JSON field of their masks, in the same order: run lengths as data/emojiworld/rle.py describes
+    max_boxes: int = 32  # a picture with more is left out
+    min_visible: float = 0.1  # a box counts while this share of its area is in view
 
 
 @dataclass
@@ -100,7 +169,10 @@ class Loader(Protocol):
         """The position after the last batch that was handed out; plain JSON values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """Goes on from what this rank saved, or from what another number of ranks saved together, in their order."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -3,7 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from vlpfast.data.order import epoch_order, random_bits, rank_share, uniform
+from vlpfast.data.order import Remainder, deal, epoch_order, gaps, random_bits, rank_share, uniform
 
 SIZES = np.array([7, 1, 12, 5, 9, 3, 8])
 N = int(SIZES.sum())
@@ -75,3 +75,32 @@ def test_ranks_share_an_epoch(world_size):
     exact = [rank_share(order, rank, world_size, equal=False) for rank in range(world_size)]
     assert sorted(np.concatenate(exact).tolist()) == list(range(N))
     assert np.array_equal(np.stack(equal, 1).ravel(), order[: N // world_size * world_size])
+
+
+@pytest.mark.parametrize("length", [None, 1, 23, 60])
+def test_what_deals_leave_is_what_lists_leave(length):
+    """Random deals to 1 .. 6 ranks, with shares of unequal length at the end of a sequence, against plain lists."""
+    draw = np.random.default_rng(0)
+    kept = set()
+    for _ in range(150):
+        left, remainder = list(range(400 if length is None else length)), Remainder()
+        for _ in range(int(draw.integers(1, 6))):
+            world_size = int(draw.integers(1, 7))
+            shares = [left[rank::world_size] for rank in range(world_size)]
+            most = int(draw.choice([3, 12]))
+            taken = [min(len(share), int(draw.integers(0, most))) for share in shares]
+            gone = {entry for share, count in zip(shares, taken, strict=True) for entry in share[:count]}
+            left = [entry for entry in left if entry not in gone]
+            remainder = deal(remainder, taken, length)
+            entries, start = gaps(remainder, length)
+            assert [*entries.tolist(), *range(start, 400 if length is None else length)] == left
+            kept.add(len(remainder.deals))
+    assert {0, 1}.issubset(kept) and (length == 1 or max(kept) > 1)
+
+
+def test_deals_that_all_ranks_left_behind_are_not_kept():
+    remainder = deal(Remainder(), [5, 3, 5])
+    assert remainder == Remainder(9, [[2, 0, 2]])
+    assert deal(remainder, [4, 4]) == Remainder(21, [])  # the gaps 10 and 13, then 15 .. 20
+    assert deal(Remainder(), [4, 4]) == Remainder(8, [])
+    assert len(deal(remainder, [0, 1]).deals) == 2

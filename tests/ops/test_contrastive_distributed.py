@@ -6,10 +6,7 @@ all ranks or on none, for one that left early would leave the others waiting.
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +16,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conformance import PAIR_CASES, Arguments, cone, duplicates, ids, pairs, relative_error
+from ranks import run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlpfast.ops import backends
-from vlpfast.ops.contrastive import clip_loss, distributed, pair_logsumexp, sharded_clip_loss, sharded_sigmoid_loss, sigmoid_loss
+from vlpfast.ops import _shards, backends
+from vlpfast.ops.contrastive import clip_loss, pair_logsumexp, sharded_clip_loss, sharded_sigmoid_loss, sigmoid_loss
 from vlpfast.ops.flops import FlopCounterMode
 
 pytestmark = pytest.mark.skipif(bool(backends.available()["cpp"]), reason="waits for the compiled library vlpfast/_C.so")
@@ -85,7 +83,7 @@ def joined(found: dict[str, Tensor], sizes: Sequence[int], rank: int) -> dict[st
     for name, t in found.items():
         whole = t.double()
         if name in ("x", "y"):
-            whole = torch.zeros(sum(sizes), t.shape[1], dtype=torch.float64)
+            whole = torch.zeros(sum(sizes), *t.shape[1:], dtype=torch.float64)
             part(whole, sizes, rank).copy_(t)
         dist.all_reduce(whole)
         out[name] = whole / len(sizes)
@@ -422,61 +420,26 @@ def disagreement_is_named_on_all_ranks(rank: int, world: int) -> None:
 # --- running them -----------------------------------------------------------------------------------------------------
 
 
-def rank_main(rank: int, world: int, folder: Path, backend: str, checks: Sequence[str]) -> None:
-    torch.set_num_threads(1)
-    report = folder / f"rank{rank}"
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend, init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=20)
-    )
-    for name in checks:
-        try:
-            globals()[name](rank, world)
-        except Exception:
-            with report.open("a") as file:
-                file.write(f"{name}, rank {rank} of {world}: {traceback.format_exc()}\n")
-    dist.barrier()
-    dist.destroy_process_group()
-    with report.open("a") as file:
-        file.write("done")
-
-
-def run(world: int, folder: Path, backend: str, checks: Sequence[str]) -> None:
-    context = multiprocessing.get_context("forkserver")  # forks a clean process that has imported torch already
-    context.set_forkserver_preload(["torch", "torch.distributed", "vlpfast.ops.flops", "vlpfast.ops.contrastive"])
-    processes = [context.Process(target=rank_main, args=(rank, world, folder, backend, checks)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(90)
-        process.kill()
-    reports = [folder / f"rank{rank}" for rank in range(world)]
-    texts = [report.read_text() if report.exists() else "ended without a report" for report in reports]
-    if texts != ["done"] * world:
-        pytest.fail("\n".join(texts), pytrace=False)
-
-
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_equal_one_process(world: int, tmp_path: Path) -> None:
-    run(world, tmp_path, "gloo", list(CHECKS))
+    run(world, tmp_path, list(CHECKS.values()))
 
 
 @pytest.mark.gpu
 def test_over_nccl(tmp_path: Path) -> None:
-    run(min(4, torch.cuda.device_count()), tmp_path, "nccl", ["on_gpus"])
+    run(min(4, torch.cuda.device_count()), tmp_path, [on_gpus], "nccl")
 
 
 def on_gpus(rank: int, world: int) -> None:
     """All collectives, also where there is one GPU, and both losses where there are more."""
-    shards = distributed._Shards(None, rank, tuple(unequal(world)), torch.float32)
+    shards = _shards.Shards(None, rank, tuple(unequal(world)), torch.float32)
     rows = torch.arange(7.0 * WIDTH, device="cuda").view(7, WIDTH)[: unequal(world)[rank]] + 100 * rank
-    everything = distributed._gather(rows, shards)
+    everything = _shards._gather(rows, shards)
     assert everything.shape == (sum(unequal(world)), WIDTH) and torch.equal(part(everything, unequal(world), rank), rows)
-    assert torch.equal(distributed._reduce(everything, shards), rows * world)
+    assert torch.equal(_shards._reduce(everything, shards), rows * world)
     columns = everything[:, 0].contiguous()
-    assert torch.equal(distributed._to_owners(columns, shards), rows[:, 0].expand(world, -1))
-    assert torch.equal(distributed._from_owners(distributed._to_owners(columns, shards), shards), columns)
+    assert torch.equal(_shards._to_owners(columns, shards), rows[:, 0].expand(world, -1))
+    assert torch.equal(_shards._from_owners(_shards._to_owners(columns, shards), shards), columns)
     for sizes, given in ((equal(world), None), (unequal(world), unequal(world))):
         whole = convert(pairs(sum(sizes), sum(sizes), WIDTH), torch.float32)
         for sharded, alone in ((sharded_clip_loss, clip_loss), (sharded_sigmoid, sigmoid)):

@@ -341,7 +341,7 @@ def test_x_is_kept_only_for_the_gradient_of_score() -> None:
     x, score = images(3, 9, 4).values()
     for x_needs, score_needs, kept in ((True, False, False), (True, True, True)):
         a, b = x.clone().requires_grad_(x_needs), score.clone().requires_grad_(score_needs)
-        result = Select.apply(a, b, None, 4, 0, False, True, False)[0]
+        result = Select.apply("cpp", a, b, None, 4, 0, False, True, False)[0]
         assert any(t is not None and t.shape == x.shape for t in result.grad_fn.saved_tensors) == kept
 
 

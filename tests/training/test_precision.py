@@ -16,7 +16,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from toy_run import Toy, ToyLoader, toy_config, toy_model, toy_trainer
 
 from vlpfast.training.optim import learning_rate
-from vlpfast.training.precision import BFloat16Weights, loss_scaler, working_weights
+from vlpfast.training.parallel import World
+from vlpfast.training.precision import BFloat16Weights, LossScale, working_weights
 from vlpfast.training.trainer import Trainer
 from vlpfast.types import Batch, Progress, UserError
 
@@ -133,7 +134,7 @@ class Rooted(Toy):
 
 def test_gradients_that_no_scale_can_help_stop_the_run(tmp_path: Path) -> None:
     config = toy_config(tmp_path, "train.precision=fp16", "train.loss_scale=4", "train.max_nonfinite=1")
-    trainer = Trainer(config, Rooted(config.model.config), lambda name, stage: ToyLoader(8), torch.device("cpu"))
+    trainer = Trainer(config, Rooted(config.model.config), lambda name, stage: ToyLoader(8), World())
     with pytest.raises(UserError, match=r"step 4: .*2 steps of this run were not finite, more than train.max_nonfinite=1"):
         trainer.fit()
     assert [record["loss_scale"] for record in lines(tmp_path)] == [4.0, 2.0, 1.0, 0.5]
@@ -146,10 +147,11 @@ def test_a_loss_that_is_not_finite_counts_at_every_scale(tmp_path: Path) -> None
     assert (tmp_path / "run" / "nonfinite-3.pt").exists()
 
 
-def test_no_scaler_in_other_precisions(tmp_path: Path) -> None:
+def test_no_scale_in_other_precisions(tmp_path: Path) -> None:
     for precision in ("fp32", "bf16", "bf16_params", "auto"):
-        scaler = loss_scaler(toy_config(tmp_path, f"train.precision={precision}").train, torch.device("cpu"))
-        assert not scaler.is_enabled() and scaler.state_dict() == {}
+        scale = LossScale(toy_config(tmp_path, f"train.precision={precision}").train, torch.device("cpu"))
+        loss = torch.tensor(3.0)
+        assert scale.scaled(loss) is loss and scale.state_dict() == {}
     toy_trainer(toy_config(tmp_path, "train.steps=1")).fit()
     assert "loss_scale" not in lines(tmp_path)[0]
 
@@ -242,7 +244,7 @@ class Watching(Toy):
 
 def test_forwards_see_bf16_weights_and_a_checkpoint_holds_the_masters(tmp_path: Path) -> None:
     config = toy_config(tmp_path, "train.precision=bf16_params", "train.steps=2")
-    trainer = Trainer(config, Watching(config.model.config), lambda name, stage: ToyLoader(8), torch.device("cpu"))
+    trainer = Trainer(config, Watching(config.model.config), lambda name, stage: ToyLoader(8), World())
     trainer.fit()
     assert trainer.model.seen == (torch.bfloat16, torch.float32, torch.float32)
     stored = FileSystemReader(tmp_path / "run" / "checkpoints" / "step-00000002").read_metadata().state_dict_metadata

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from toy_run import CONFIG, Toy, ToyLoader, toy_config, toy_model, toy_trainer
 
 from vlpfast.training import checkpoint
+from vlpfast.training.parallel import World
 from vlpfast.training.trainer import Trainer
 from vlpfast.types import Batch, Progress, UserError
 
@@ -141,7 +142,7 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path: Path) -> None
             return {name: loss / 0 if progress.step >= 3 else loss for name, loss in super().forward(batch, progress).items()}
 
     config = toy_config(tmp_path, "train.max_nonfinite=2", "train.checkpoint_every=2")
-    trainer = Trainer(config, Diverging(config.model.config), lambda name, stage: ToyLoader(8), torch.device("cpu"))
+    trainer = Trainer(config, Diverging(config.model.config), lambda name, stage: ToyLoader(8), World())
     with pytest.raises(
         UserError, match=r"step 6: loss inf.*3 steps of this run were not finite, more than train.max_nonfinite=2"
     ):
@@ -180,7 +181,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, kind: signal.Signals) -> None:
     config = toy_config(tmp_path, "train.checkpoint_every=0")
     before = signal.getsignal(kind)
     loader = ToyLoader(8)
-    assert not Trainer(config, Signalled(config.model.config), lambda name, stage: loader, torch.device("cpu")).fit()
+    assert not Trainer(config, Signalled(config.model.config), lambda name, stage: loader, World()).fit()
     assert signal.getsignal(kind) == before and loader.closed
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000005"]
     assert not (tmp_path / "run" / "model.safetensors").exists()
@@ -196,7 +197,7 @@ def test_prepare_epoch_is_called_at_the_start_of_each_epoch(tmp_path: Path) -> N
             seen.append(loader.cursor)
 
     config = toy_config(tmp_path)
-    Trainer(config, Prepared(config.model.config), lambda name, stage: ToyLoader(8), torch.device("cpu")).fit()
+    Trainer(config, Prepared(config.model.config), lambda name, stage: ToyLoader(8), World()).fit()
     assert seen == [0, 5, 10]  # the loader has five batches an epoch
 
 
@@ -215,7 +216,7 @@ def test_precision_compile_and_determinism_reach_the_model(tmp_path: Path) -> No
 
     config = toy_config(tmp_path, "train.steps=1", "train.precision=bf16", "train.deterministic=true")
     try:
-        trainer = Trainer(config, Watching(), lambda name, stage: ToyLoader(8), torch.device("cpu"))
+        trainer = Trainer(config, Watching(), lambda name, stage: ToyLoader(8), World())
         trainer.fit()
         assert torch.are_deterministic_algorithms_enabled()
     finally:
@@ -224,7 +225,7 @@ def test_precision_compile_and_determinism_reach_the_model(tmp_path: Path) -> No
     compiled = []
     watching = Watching()
     watching.compile = lambda: compiled.append(True)
-    Trainer(toy_config(tmp_path, "train.compile=true"), watching, lambda name, stage: ToyLoader(8), torch.device("cpu"))
+    Trainer(toy_config(tmp_path, "train.compile=step"), watching, lambda name, stage: ToyLoader(8), World())
     assert compiled == [True]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vlpfast.training import checkpoint
 from vlpfast.training.config import RunConfig, Stage, load_config
+from vlpfast.training.parallel import World
 from vlpfast.training.rng import seed_everything
 from vlpfast.training.trainer import EXIT_PREEMPTED, Trainer
 from vlpfast.types import Batch, Progress, UserError
@@ -124,7 +125,7 @@ def toy_trainer(config: RunConfig, poison: int = -1, seconds: float = 0.0, devic
         torch.rand(3)  # as a loader that draws while it is opened
         return ToyLoader(config.train.batch_size, poison, seconds)
 
-    return Trainer(config, toy_model(config), loader, torch.device(device), **more)
+    return Trainer(config, toy_model(config), loader, World(device=torch.device(device)), **more)
 
 
 def start(folder: Path, *overrides: str, **how: Any) -> BaseProcess:

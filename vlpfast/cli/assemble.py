@@ -18,6 +18,7 @@ from torch import nn
 
 from vlpfast import models
 from vlpfast.data import ShardSet, load_tokenizer, make_loader, train_tokenizer
+from vlpfast.data.mixture import expand_sources
 from vlpfast.data.shards import expand
 from vlpfast.evaluation.contact_sheet import Classified, Pairs
 from vlpfast.evaluation.features import encode_images, encode_pairs
@@ -25,6 +26,7 @@ from vlpfast.evaluation.retrieval import retrieval
 from vlpfast.evaluation.zero_shot import class_embeddings, zero_shot
 from vlpfast.training import config as settings
 from vlpfast.training.config import DataConfig, RunConfig, Stage
+from vlpfast.training.parallel import World
 from vlpfast.training.rng import seed_everything
 from vlpfast.training.run_folder import has_begun
 from vlpfast.types import DataSpec, Loader, Tokenizer, UserError
@@ -46,7 +48,7 @@ class ClassSource:
 class Sources:
     """Shard patterns of a run. An empty `heldout` means that nothing can be evaluated."""
 
-    train: list[str]
+    train: list[str] | dict[str, list[str]]  # by source, where there are several
     heldout: list[str]
     classes: ClassSource | None
 
@@ -80,31 +82,40 @@ def prepare_data(config: RunConfig, data: DataConfig | None = None) -> Sources:
     data = data or config.data
     if data.source == "emojiworld":
         return _emojiworld(config, data)
-    expand(data.train)
+    train: list[str] | dict[str, list[str]] = data.train
+    if data.mixture:
+        train = {name: source.shards for name, source in data.mixture.items()}
+        expand_sources(train)
+    else:
+        expand(train)
     classes = None
     if data.heldout:
         expand(data.heldout)
         if config.evaluation.zero_shot and config.evaluation.class_names:
             names = _class_names(config.evaluation.class_names)
             classes = ClassSource(data.heldout, names, config.evaluation.templates, config.evaluation.label_field)
-    return Sources(data.train, data.heldout, classes)
+    return Sources(train, data.heldout, classes)
 
 
 def open_loader(
-    config: RunConfig, sources: Sources, tokenizer: Tokenizer | None, device: torch.device, name: str, stage: Stage
+    config: RunConfig, sources: Sources, tokenizer: Tokenizer | None, world: World, name: str, stage: Stage
 ) -> Loader:
-    """The training batches of a stage."""
+    """The training batches of a stage for one rank."""
     data = settings.stage_data(config, name, stage)
     patterns = sources.train if data == config.data else prepare_data(config, data).train
     return make_loader(
         patterns,
         data_spec(config),
         tokenizer,
-        config.train.batch_size,
+        world.share(config.train.batch_size),
         train=True,
+        weights={name: source.weight for name, source in data.mixture.items() if source.weight is not None},
+        pure_batches=data.pure_batches,
         seed=config.train.seed,
+        rank=world.rank,
+        world_size=world.size,
         backend=data.loader,
-        device=device,
+        device=world.device,
         threads=data.threads,
         window=data.window,
     )
@@ -114,15 +125,15 @@ def data_spec(config: RunConfig) -> DataSpec:
     return config.model.config.data
 
 
-def build_tokenizer(config: RunConfig, sources: Sources, run_dir: Path) -> Tokenizer | None:
+def build_tokenizer(config: RunConfig, sources: Sources, run_dir: Path, first: bool = True) -> Tokenizer | None:
     """The run's tokenizer, kept as run_dir/tokenizer.json: data.tokenizer, or one trained on the training captions.
 
-    None for a model without text. UserError: its ids do not fit the model.
+    first: False reads what another process has kept. None for a model without text. UserError: its ids do not fit the model.
     """
     if data_spec(config).text is None:
         return None
     text, kept = config.model.config.text, run_dir / "tokenizer.json"
-    if has_begun(run_dir) and kept.exists():
+    if not first or (has_begun(run_dir) and kept.exists()):
         tokenizer = load_tokenizer(kept)
     else:
         if config.data.tokenizer:
@@ -142,9 +153,9 @@ def build_tokenizer(config: RunConfig, sources: Sources, run_dir: Path) -> Token
     return tokenizer
 
 
-def captions(patterns: list[str]) -> Iterator[str]:
+def captions(patterns: list[str] | dict[str, list[str]]) -> Iterator[str]:
     """The captions of the shards in order, at most TOKENIZER_CAPTIONS of them, evenly spread. Unreadable ones are passed over."""
-    shards = ShardSet(patterns)
+    shards = ShardSet(patterns if isinstance(patterns, list) else [pattern for named in patterns.values() for pattern in named])
     chosen = np.linspace(0, len(shards), min(len(shards), TOKENIZER_CAPTIONS), endpoint=False).astype(np.int64)
     for chunk in np.array_split(chosen, max(1, len(chosen) // 4096)):
         for text, record in zip(shards.read(chunk, ("txt",)), shards.read(chunk, ("json",)), strict=True):
@@ -163,10 +174,14 @@ def evaluate(
     sources: Sources,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Evaluation:
     """Retrieval over the held-out pairs and, where classes are known, zero-shot classification.
 
-    progress(batches done, batches in all) is called during each of the two passes.
+    progress(batches done, batches in all) is called during each of the two passes. Of several ranks each encodes its share, and
+    all have the result.
     """
     if not sources.heldout:
         raise UserError("data.heldout: nothing to evaluate, expected patterns of tar files")
@@ -174,11 +189,12 @@ def evaluate(
     def loader(patterns: list[str], with_meta: bool) -> Loader:
         data, size = config.data, config.evaluation.batch_size
         options = {"backend": data.loader, "device": device, "threads": data.threads, "with_meta": with_meta}
+        options |= {"rank": rank, "world_size": ranks}
         return make_loader(patterns, data_spec(config), tokenizer, size, train=False, **options)
 
     batches = loader(sources.heldout, False)
     try:
-        features = encode_pairs(model, batches, device, progress)
+        features = encode_pairs(model, batches, device, progress, ranks)
     finally:
         batches.close()
     ranked = retrieval(features.image, features.text)
@@ -187,7 +203,7 @@ def evaluate(
     if classes is not None:
         batches = loader(classes.patterns, True)
         try:
-            features = encode_images(model, batches, device, progress)
+            features = encode_images(model, batches, device, progress, ranks)
         finally:
             batches.close()
         labels = [_label(record, classes, key) for record, key in zip(features.meta, features.keys, strict=True)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 from vlpfast.cli._run import run
 
@@ -46,34 +48,37 @@ def main(argv: list[str]) -> int:
     from vlpfast.evaluation.report import write_report
     from vlpfast.training import run_folder
     from vlpfast.training.config import to_yaml
-    from vlpfast.training.precision import choose_device
+    from vlpfast.training.parallel import joined
     from vlpfast.training.trainer import EXIT_PREEMPTED, Trainer
 
     config = assemble.load_config(arguments.config, arguments.overrides)
     if arguments.print_config:
         print(to_yaml(config), end="")
         return 0
-    device = choose_device(config.train.device)
-    with run_folder.opened(config) as run_dir:
-        sources = assemble.prepare_data(config)
-        tokenizer = assemble.build_tokenizer(config, sources, run_dir)
+    with joined(config.train) as world, ExitStack() as stack:
+        run_dir = Path(config.train.run_dir)
+        world.in_turn(lambda: stack.enter_context(run_folder.opened(config)) if world.is_first else None)
+        sources = world.in_turn(lambda: assemble.prepare_data(config))
+        tokenizer = world.in_turn(lambda: assemble.build_tokenizer(config, sources, run_dir, world.is_first))
         model = assemble.build_model(config)
         last = assemble.Evaluation({}, None, None)
 
         def on_evaluate(step: int) -> dict[str, float]:
             nonlocal last
-            last = assemble.evaluate(config, model, tokenizer, sources, device)
+            last = assemble.evaluate(config, model, tokenizer, sources, world.device, rank=world.rank, ranks=world.size)
             return last.metrics
 
         trainer = Trainer(
             config,
             model,
-            partial(assemble.open_loader, config, sources, tokenizer, device),
-            device,
+            partial(assemble.open_loader, config, sources, tokenizer, world),
+            world,
             on_evaluate if sources.heldout else None,
         )
         if not trainer.fit():
             return EXIT_PREEMPTED
+        if not world.is_first:
+            return 0
         result = {"step": trainer.position.step, **last.metrics}
         run_folder.replace(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
         report = write_report(run_dir, evaluation=result, pairs=last.pairs, zero_shot=last.classified)

@@ -1,4 +1,4 @@
-"""From shards to batches: order, position, damaged samples, captions. Pixels are left to a decoder (dali.py or plain.py)."""
+"""From shards to batches: order, position, damaged samples, captions. The rest of a batch is left to modalities (modality.py)."""
 
 from __future__ import annotations
 
@@ -8,64 +8,58 @@ import json
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlpfast.data.order import epoch_order, rank_share
-from vlpfast.data.pictures import DamagedBatch, DamagedSample, picture_size
-from vlpfast.data.shards import IMAGE_EXTENSIONS, ShardSet
-from vlpfast.data.views import crop_fractions, view_rectangles
-from vlpfast.types import Batch, DataSpec, ImageSpec, Loader, Tokenizer, UserError
+from vlpfast.data.mixture import Mixture, check_members, open_sources
+from vlpfast.data.modality import Draws, Modality
+from vlpfast.data.order import epoch_order
+from vlpfast.data.pictures import DamagedBatch, DamagedSample
+from vlpfast.data.position import EpochCourse, Position, PureCourse, merge_positions
+from vlpfast.data.shards import ShardSet
+from vlpfast.types import Batch, DataSpec, Loader, Tokenizer, UserError
 
 _log = logging.getLogger(__name__)
-_IN_FLIGHT = 2  # batches given to the decoder and not yet received, and finished batches that wait for the caller
-
-
-class Decoder(Protocol):
-    """Encoded pictures to pixels, several batches at a time, first in, first out."""
-
-    def submit(self, pictures: list[np.ndarray], rectangles: np.ndarray, mirrored: np.ndarray) -> None: ...
-    def receive(self) -> Tensor: ...
-    def reset(self) -> None: ...
-    def close(self) -> None: ...
-
-
-class _Position(NamedTuple):
-    epoch: int
-    cursor: int  # samples of this rank's share that are behind us
+_IN_FLIGHT = 2  # batches given to the modalities and not yet received, and finished batches that wait for the caller
+_MODALITIES = {  # field of DataSpec -> who makes it, loaded when it is asked for
+    "image": "vlpfast.data.images:ImageModality",
+    "video": "vlpfast.data.video:VideoModality",
+    "audio": "vlpfast.data.audio:AudioModality",
+    "volume": "vlpfast.data.volumes:VolumeModality",
+    "points": "vlpfast.data.points:PointsModality",
+}
 
 
 @dataclass
 class _Sample:
     index: int
-    picture: np.ndarray | None  # encoded bytes
-    size: tuple[int, int]  # width, height in pixels
     caption: str
-    meta: Any
+    meta: dict[str, Any]  # the JSON; {} if there is none or nobody asked for it
+    contents: dict[str, np.ndarray]  # modality -> the member's bytes
+    infos: dict[str, Any]  # modality -> what its inspect() told
 
 
 @dataclass
 class _Plan:
-    """A batch before its pixels: everything that is decided on the host."""
+    """A batch before its modalities are received: everything that is decided on the host."""
 
-    start: _Position
-    end: _Position
+    start: Position
+    end: Position
     samples: list[_Sample]
+    tickets: np.ndarray  # int64 [B] what random choices are made from (mixture.py)
     left_out: list[int]  # damaged samples between start and end
     batch: Batch
-    rectangles: np.ndarray | None = None  # int32 [B, 4] x0, y0, width, height in pixels
-    mirrored: np.ndarray | None = None  # bool [B]
 
 
 def make_loader(
-    patterns: str | Sequence[str],
+    patterns: str | Sequence[str] | Mapping[str, str | Sequence[str]],
     spec: DataSpec,
     tokenizer: Tokenizer | None,
     batch_size: int,
@@ -79,63 +73,101 @@ def make_loader(
     threads: int = 2,
     window: int = 16,
     with_meta: bool = False,
+    weights: Mapping[str, float] | None = None,
+    pure_batches: bool = False,
 ) -> Loader:
     """Batches from WebDataset shards.
 
     Training: endless; every epoch in a new order (order.py), of which each of `world_size` ranks takes as many samples; an
-    incomplete last batch is dropped. Evaluation: one pass in order for each iteration, the last batch short; the ranks'
-    shares cover each sample once. The same seed gives the same samples, crops and order for every back end, device and
-    number of threads.
+    incomplete last batch is dropped: at most world_size * batch_size - 1 samples an epoch. Evaluation: one pass in order for each
+    iteration, the last batch short; the ranks' shares cover each sample once. The same seed gives the same samples, crops and
+    order for every back end, device and number of threads. Ranks share samples, not shards: there may be fewer shards.
 
-    A sample without picture or caption, with a picture that PIL cannot decode or a caption that is not UTF-8 is left out,
-    logged and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in
-    the member `json`.
+    Several sources: an epoch is as many samples as all of them have, divided by the weights to the sample, in random order. A
+    source goes on from epoch to epoch where it stood, in a new order after each pass, so a small one with a large weight
+    repeats. Batch["source"] numbers them in their order. pure_batches: each global batch (world_size * batch_size samples) is of
+    one source; the weights then divide an epoch's batches, and no sample is dropped.
 
-    patterns: shards as ShardSet takes them. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or "auto",
-    which is DALI where it is installed. device: where image and text lie ("cuda:1" also decodes there with DALI). window:
-    shards that are shuffled together. with_meta: adds Batch["meta"], the sample's json member ({} if it has none).
+    A sample that lacks a modality, with a picture that PIL cannot decode or a caption that is not UTF-8 is left out, logged
+    and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in the
+    member `json`.
+
+    patterns: shards as ShardSet takes them, or those of each source by its name. weights: share of the samples by source, of any
+    sum; None: in proportion to the sources' sizes. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or
+    "auto", which is DALI where it is installed (pictures alone). device: where the batch lies, but for what Batch says lies on
+    the CPU ("cuda:1" also decodes there with DALI). window: shards that are shuffled together. with_meta: adds Batch["meta"],
+    the sample's json member ({} if it has none).
     """
     if batch_size < 1 or threads < 1 or window < 1:
         raise ValueError(f"expected batch_size, threads and window of at least 1, got {batch_size}, {threads}, {window}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 .. world_size - 1 = {world_size - 1}, got {rank}")
-    if spec.image is None and spec.text is None:
-        raise ValueError("spec: both modalities are None, there is nothing to load")
+    if all(getattr(spec, field.name) is None for field in fields(spec)):
+        raise ValueError("spec: all modalities are None, there is nothing to load")
     if spec.text is not None and tokenizer is None:
         raise ValueError("tokenizer: None, but spec.text asks for captions")
+    if not isinstance(patterns, Mapping) and (weights or pure_batches):
+        raise ValueError("weights and pure_batches need sources: expected patterns by name")
+    if not train and (weights or pure_batches):
+        raise ValueError("weights and pure_batches are for training: evaluation makes one pass in order")
     if backend not in ("auto", "dali", "plain"):
         raise UserError(f'loader: expected "auto", "dali" or "plain", got {backend!r}')
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    make_decoder = None
-    if spec.image is not None:
-        _check_image_spec(spec.image)
-        if _choose(backend) == "dali":
-            dali = importlib.import_module("vlpfast.data.dali")
-            make_decoder = partial(dali.DaliDecoder, spec.image, threads, batch_size, device)
-        else:
-            plain = importlib.import_module("vlpfast.data.plain")
-            make_decoder = partial(plain.PlainDecoder, spec.image, threads)
-    shards = ShardSet(patterns, threads=threads)
+    modalities = _modalities(spec, threads, batch_size, device, backend)
+    members = {"text": ("txt", "json")} if spec.text is not None else {}
+    for name, make in modalities.items():
+        modality = make()
+        members[name] = modality.members
+        modality.close()  # a spec that is refused, or a package that is missing, is told before the first batch
+    mixture = None
+    if isinstance(patterns, Mapping):
+        shards, mixture = open_sources(patterns, weights or {}, threads=threads)
+        check_members(shards, mixture, members)
+    else:
+        shards = ShardSet(patterns, threads=threads)
     if train and len(shards) // world_size < batch_size:
         raise UserError(
             f"{len(shards)} samples in {len(shards.shards)} shards are fewer than one global batch of {world_size * batch_size}"
             + (f" ({world_size} ranks of {batch_size})" if world_size > 1 else "")
         )
-    return ShardLoader(
-        shards, spec, tokenizer, batch_size, make_decoder, train, seed, rank, world_size, device, window, with_meta
-    )
+    if pure_batches:
+        course = PureCourse(mixture, seed, window, rank, world_size, batch_size)
+    elif mixture is not None and train:
+        mixture.quotas(mixture.total)  # a source that gets nothing is told now
+        course = EpochCourse(lambda epoch: mixture.epoch_order(seed, epoch, window), len(shards), rank, world_size, equal=True)
+    else:
+        sizes = shards.shard_sizes
+        order = (lambda epoch: epoch_order(sizes, seed, epoch, window)) if train else (lambda epoch: np.arange(len(shards)))
+        course = EpochCourse(order, len(shards), rank, world_size, equal=train)
+    identity = {
+        "fingerprint": shards.fingerprint(),
+        "seed": seed,
+        "window": window,
+        "samples": len(shards),
+        "sources": [[name, size] for name, size in zip(mixture.names, mixture.sizes, strict=True)]
+        if mixture is not None
+        else None,
+        "weights": mixture.weights if mixture is not None else None,
+        "pure_batches": pure_batches,
+        "world_size": world_size,
+        "rank": rank,
+    }
+    return ShardLoader(shards, mixture, course, identity, spec, tokenizer, batch_size, modalities, train, seed, device, with_meta)
 
 
-def _check_image_spec(spec: ImageSpec) -> None:
-    if spec.interpolation not in ("bicubic", "bilinear"):
-        raise UserError(f'interpolation: expected "bicubic" or "bilinear", got {spec.interpolation!r}')
-    if spec.size < 1:
-        raise UserError(f"size: expected at least 1 pixel, got {spec.size}")
-    for name, (low, high) in (("scale", spec.scale), ("ratio", spec.ratio)):
-        if not 0 < low <= high:
-            raise UserError(f"{name}: expected two numbers, 0 < low <= high, got {[low, high]}")
+def _modalities(
+    spec: DataSpec, threads: int, batch_size: int, device: torch.device, backend: str
+) -> dict[str, Callable[[], Modality]]:
+    """Field name -> what makes the modality; one iteration makes it and closes it."""
+    makers = {}
+    for field in fields(spec):
+        if field.name in _MODALITIES and (options := getattr(spec, field.name)) is not None:
+            module, _, name = _MODALITIES[field.name].partition(":")
+            made = partial(getattr(importlib.import_module(module), name), options, threads, batch_size, device)
+            makers[field.name] = partial(made, _choose(backend)) if field.name == "image" else made
+    return makers
 
 
 @cache
@@ -166,35 +198,34 @@ class ShardLoader:
     def __init__(
         self,
         shards: ShardSet,
+        mixture: Mixture | None,
+        course: EpochCourse | PureCourse,
+        identity: dict[str, Any],
         spec: DataSpec,
         tokenizer: Tokenizer | None,
         batch_size: int,
-        make_decoder: Callable[[], Decoder] | None,
+        modalities: dict[str, Callable[[], Modality]],
         train: bool,
         seed: int,
-        rank: int,
-        world_size: int,
         device: torch.device,
-        window: int,
         with_meta: bool,
     ):
         self.batch_size = batch_size
+        self.sources = list(mixture.names) if mixture is not None else []  # what Batch["source"] numbers
         self.skipped: dict[str, str] = {}  # shard.tar:key of each damaged sample met so far -> what was wrong
-        self._shards, self._spec, self._tokenizer, self._make_decoder = shards, spec, tokenizer, make_decoder
-        self._train, self._seed, self._rank, self._world_size = train, seed, rank, world_size
-        self._device, self._window, self._with_meta = device, window, with_meta
+        self._shards, self._mixture, self._course, self._identity = shards, mixture, course, identity
+        self._spec, self._tokenizer, self._makers = spec, tokenizer, modalities
+        self._train, self._seed, self._device, self._with_meta = train, seed, device, with_meta
+        self._wants_json = with_meta or bool(modalities.keys() - {"image"}) or (spec.image is not None and spec.image.boxes != "")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._fingerprint = shards.fingerprint()
-        self._position = _Position(0, 0)
+        self._position = course.start()
         self._loaded = False  # a position was loaded that the next iteration starts from
         self._damaged: dict[int, str] = {}  # known to the thread that works ahead
-        self._share: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))  # epoch, this rank's order
+        self._left_out_last: list[int] = []  # damaged samples behind the last batch of an evaluation pass
         self._iteration: Callable[[], Any] = lambda: None  # weak reference
 
     def __len__(self) -> int:
-        if self._train:
-            return len(self._shards) // self._world_size // self.batch_size
-        return -(-len(self._order(0)) // self.batch_size)
+        return self._course.batches(self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
@@ -203,15 +234,25 @@ class ShardLoader:
         return iteration
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._identity(), **self._position._asdict(), "skipped": dict(self.skipped)}
+        position = {**self._position._asdict(), "remainders": self._course.remainders(self._position)}
+        return {**self._identity, **position, "skipped": dict(self.skipped)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError if the position was saved for other data, another seed, window or number of ranks."""
-        for name, here in self._identity().items():
-            if state[name] != here:
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """state: one that this rank saved, or those of all ranks in their order, whatever their number: with as many ranks as now
+        each takes its own, else all of them go on together where those stopped (position.merge_positions). The batch size may be
+        another (what a rank has left out of an epoch's last batch, at the old size, stays left out if it takes its own).
+
+        Raises UserError if the position was saved for other data, sources, seed or window, or one alone by another rank.
+        """
+        if not isinstance(state, Mapping):
+            same = len(state) == self._identity["world_size"]
+            state = state[self._identity["rank"]] if same else merge_positions(state)
+        for name, here in self._identity.items():
+            if state[name] != here and not (name in ("world_size", "rank") and state[name] is None):  # None: merged
                 raise UserError(f"the data position was saved with {name} {state[name]!r}, this run has {here!r}")
         self.close()
-        self._position = _Position(state["epoch"], state["cursor"])
+        self._course.restore(state["remainders"])
+        self._position = Position(**{name: state[name] for name in Position._fields})
         self._loaded = True
         self.skipped = dict(state["skipped"])
 
@@ -220,18 +261,10 @@ class ShardLoader:
         if iteration is not None:
             iteration.close()
 
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self._fingerprint,
-            "seed": self._seed,
-            "window": self._window,
-            "world_size": self._world_size,
-        }
-
     def _iterate(self) -> Iterator[Batch]:
         if not self._train and not self._loaded:
-            self._position = _Position(0, 0)
-        self._loaded = False
+            self._position = self._course.start()
+        self._loaded, self._left_out_last = False, []
         produced = self._produce(self._position)
         pool = ThreadPoolExecutor(1, thread_name_prefix="vlpfast-loader")
         try:
@@ -239,123 +272,130 @@ class ShardLoader:
             while (plan := waiting.popleft().result()) is not None:
                 waiting.append(pool.submit(next, produced, None))
                 self._position = plan.end
-                for index in plan.left_out:
-                    if (name := self._shards.name(index)) not in self.skipped:
-                        self.skipped[name] = self._damaged[index]
-                        _log.warning("left out %s: %s", name, self._damaged[index])
+                self._note(plan.left_out)
                 if self._stream is not None:
                     for value in plan.batch.values():
                         if isinstance(value, Tensor) and value.is_cuda:
                             value.record_stream(torch.cuda.current_stream(self._device))
                 yield plan.batch
+            self._note(self._left_out_last)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             produced.close()
 
-    def _produce(self, position: _Position) -> Iterator[_Plan]:
+    def _note(self, left_out: list[int]) -> None:
+        for index in left_out:
+            if (name := self._shards.name(index)) not in self.skipped:
+                self.skipped[name] = self._damaged[index]
+                _log.warning("left out %s: %s", name, self._damaged[index])
+
+    def _produce(self, position: Position) -> Iterator[_Plan]:
         """Plans with whole batches, from `position` on; runs in the thread that works ahead."""
-        decoder = self._make_decoder() if self._make_decoder is not None else None
-        with contextlib.closing(decoder) if decoder is not None else contextlib.nullcontext():
+        modalities = {}
+        with contextlib.ExitStack() as stack:
+            for name, make in self._makers.items():
+                modalities[name] = stack.enter_context(contextlib.closing(make()))
             plans: deque[_Plan] = deque()
             while True:
-                while len(plans) < _IN_FLIGHT and (plan := self._plan(position)) is not None:
-                    if decoder is not None:
-                        decoder.submit([sample.picture for sample in plan.samples], plan.rectangles, plan.mirrored)
+                while len(plans) < _IN_FLIGHT and (plan := self._plan(modalities, position)) is not None:
+                    self._submit(modalities, plan)
                     plans.append(plan)
                     position = plan.end
                 if not plans:
                     return
                 plan = plans.popleft()
                 with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-                    if decoder is not None:
+                    reasons: dict[int, str] = {}
+                    received = {name: plan.batch[name] for name in plan.batch.keys() & {"text", "text_mask"}}
+                    for modality in modalities.values():
                         try:
-                            plan.batch["image"] = decoder.receive()
+                            received |= modality.receive()
                         except DamagedBatch as error:
-                            for place, reason in error.reasons.items():
-                                self._damaged[plan.samples[place].index] = reason
-                            decoder.reset()
-                            plans.clear()
-                            position = plan.start
-                            continue
-                    for name in plan.batch.keys() & {"image", "text", "text_mask"}:
-                        plan.batch[name] = plan.batch[name].to(self._device)
+                            reasons = error.reasons | reasons
+                    if reasons:
+                        for place, reason in reasons.items():
+                            self._damaged[plan.samples[place].index] = reason
+                        for modality in modalities.values():
+                            modality.reset()
+                        plans.clear()
+                        position = plan.start
+                        continue
+                    plan.batch |= {name: value.to(self._device) for name, value in received.items()}
                 if self._stream is not None:
                     self._stream.synchronize()
                 yield plan
 
+    def _submit(self, modalities: dict[str, Modality], plan: _Plan) -> None:
+        draws = Draws(self._seed, plan.end.epoch, plan.tickets, self._train)
+        records = [sample.meta for sample in plan.samples]
+        for name, modality in modalities.items():
+            contents, infos = ([getattr(sample, of)[name] for sample in plan.samples] for of in ("contents", "infos"))
+            plan.batch |= modality.submit(contents, infos, records, draws)
+
     # --- planning -----------------------------------------------------------------------------------------------------
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._share[0] != epoch:
-            if self._train:
-                order = epoch_order(self._shards.shard_sizes, self._seed, epoch, self._window)
-            else:
-                order = np.arange(len(self._shards))
-            self._share = epoch, rank_share(order, self._rank, self._world_size, equal=self._train)
-        return self._share[1]
-
-    def _plan(self, start: _Position) -> _Plan | None:
+    def _plan(self, modalities: dict[str, Modality], start: Position) -> _Plan | None:
         """The next batch from `start` on; None at the end of an evaluation pass. What it holds does not depend on when
         damage is found.
         """
-        epoch, cursor = start
+        position = start
         left_out: list[int] = []
         while True:
-            order, first = self._order(epoch), cursor
+            begun, seen = position, 0
             samples: list[_Sample] = []
-            while missing := min(self.batch_size - len(samples), len(order) - cursor):
-                taken = order[cursor : cursor + missing].tolist()
-                cursor += missing
-                samples += self._read([index for index in taken if index not in self._damaged])
-                left_out += [index for index in taken if index in self._damaged]
-            if len(samples) == self.batch_size or (samples and not self._train):
-                return self._assemble(_Plan(start, _Position(epoch, cursor), samples, left_out, {}))
-            if first == 0 and len(order):
+            tickets: list[int] = []
+            # The limit is met only where sources do not end, by one without enough whole samples for a batch.
+            while (missing := self.batch_size - len(samples)) and seen <= len(self._shards) + self.batch_size:
+                taken, position = self._course.take(position, missing)
+                if not len(taken):
+                    break
+                seen += len(taken)
+                indices = (taken % len(self._shards)).tolist()
+                self._damaged |= {index: problem for index in indices if (problem := self._shards.problem(index))}
+                samples += self._read(modalities, [index for index in indices if index not in self._damaged])
+                good = [index not in self._damaged for index in indices]
+                tickets += taken[good].tolist()
+                left_out += [index for index in indices if index in self._damaged]
+            if not missing or (samples and not self._train):
+                end = self._course.finished(position)
+                plan = self._assemble(_Plan(start, end, samples, np.array(tickets), left_out, {}))
+                if self._mixture is not None:
+                    plan.batch["source"] = torch.from_numpy(self._mixture.source_of(plan.batch["index"].numpy()))
+                return plan
+            if seen and self._course.untouched(begun):
                 reasons = "; ".join(f"{self._shards.name(index)}: {self._damaged[index]}" for index in left_out[:3])
                 raise UserError(
-                    f"too few samples can be used: {len(left_out)} of this rank's {len(order)} are damaged, "
+                    f"too few samples can be used: {len(left_out)} of this rank's {seen} are damaged, "
                     f"a batch takes {self.batch_size if self._train else 'at least 1'} ({reasons})"
                 )
             if not self._train:
+                self._left_out_last = left_out
                 return None
-            epoch, cursor = epoch + 1, 0
+            position = self._course.next_epoch(begun)
 
-    def _read(self, indices: list[int]) -> list[_Sample]:
+    def _read(self, modalities: dict[str, Modality], indices: list[int]) -> list[_Sample]:
         """Those of the samples that can be used, as far as can be told without decoding; the others are noted in _damaged."""
-        nothing = [None] * len(indices)
-        pictures = self._shards.read(indices, IMAGE_EXTENSIONS) if self._spec.image is not None else nothing
-        captions = self._shards.read(indices, ("txt",)) if self._spec.text is not None else nothing
-        with_json = [
-            place for place in range(len(indices)) if self._with_meta or (self._spec.text is not None and captions[place] is None)
-        ]
+        members = {name: self._shards.read(indices, modality.members) for name, modality in modalities.items()}
+        captions = self._shards.read(indices, ("txt",)) if self._spec.text is not None else [None] * len(indices)
+        captioned = self._spec.text is not None
+        with_json = [place for place, text in enumerate(captions) if self._wants_json or (captioned and text is None)]
         records = dict(zip(with_json, self._shards.read([indices[place] for place in with_json], ("json",)), strict=True))
         samples = []
         for place, index in enumerate(indices):
-            sample = _Sample(index, pictures[place], (0, 0), "", None)
+            contents = {name: column[place] for name, column in members.items()}
             try:
-                if self._spec.image is not None:
-                    if sample.picture is None:
-                        raise DamagedSample(f"no picture (a member {', '.join(IMAGE_EXTENSIONS)})")
-                    sample.size = picture_size(sample.picture.tobytes())
-                if place in records:
-                    sample.meta = _parse_json(records[place])
-                if self._spec.text is not None:
-                    sample.caption = _caption(captions[place], sample.meta)
+                record = _parse_json(records.get(place))
+                infos = {name: modality.inspect(contents[name], record) for name, modality in modalities.items()}
+                caption = _caption(captions[place], record) if self._spec.text is not None else ""
             except DamagedSample as error:
                 self._damaged[index] = str(error)
             else:
-                samples.append(sample)
+                samples.append(_Sample(index, caption, record, contents, infos))
         return samples
 
     def _assemble(self, plan: _Plan) -> _Plan:
         index = np.array([sample.index for sample in plan.samples])
         batch: Batch = {"index": torch.from_numpy(index), "key": [self._shards.key(sample.index) for sample in plan.samples]}
-        if (image := self._spec.image) is not None:
-            sizes = np.array([sample.size for sample in plan.samples])
-            plan.rectangles, plan.mirrored = view_rectangles(
-                image, sizes, index, train=self._train, seed=self._seed, epoch=plan.end.epoch
-            )
-            batch["crop"] = torch.from_numpy(crop_fractions(plan.rectangles, plan.mirrored, sizes))
         if (text := self._spec.text) is not None:
             captions = [sample.caption for sample in plan.samples]
             batch["text"], batch["text_mask"] = self._tokenizer.encode(captions, text.context_length)
@@ -370,14 +410,14 @@ def _parse_json(content: np.ndarray | None) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(content.tobytes())
-    except ValueError as error:  # UnicodeDecodeError is one
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one; brackets within brackets without end
         raise DamagedSample(f"the json member cannot be parsed: {error}") from error
     if not isinstance(record, dict):
         raise DamagedSample(f"the json member is a {type(record).__name__}, expected an object")
     return record
 
 
-def _caption(text: np.ndarray | None, record: dict[str, Any] | None) -> str:
+def _caption(text: np.ndarray | None, record: dict[str, Any]) -> str:
     if text is not None:
         try:
             return text.tobytes().decode("utf-8")
@@ -386,4 +426,8 @@ def _caption(text: np.ndarray | None, record: dict[str, Any] | None) -> str:
     caption = record.get("caption")
     if not isinstance(caption, str):
         raise DamagedSample('no caption (a member txt, or a member json with a text "caption")')
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:  # "\ud800": JSON can say what no text may hold, and tokenizers refuse
+        raise DamagedSample(f"the caption is not a text: {error}") from error
     return caption

@@ -1,9 +1,12 @@
-"""The order of an epoch, and the counter-based random numbers that order and views are made from.
+"""The order of an epoch, how it is dealt to ranks, and the counter-based random numbers that order and views are made from.
 
 Nothing here has state: every number is a function of (seed, epoch, index, draw), so any position can be returned to at once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,3 +64,42 @@ def rank_share(order: np.ndarray, rank: int, world_size: int, *, equal: bool) ->
     """Every `world_size`-th entry, from `rank` on. equal=True leaves out the last few, so that all ranks have as many."""
     share = order[rank::world_size]
     return share[: len(order) // world_size].copy() if equal else share.copy()
+
+
+class Remainder(NamedTuple):
+    """What is left of a sequence 0, 1, 2, ... that was dealt to ranks, whatever their number: the entries from `start` on, less
+    what each deal took. In a deal (taken by rank 0, taken by rank 1, ...) rank r of W gets every W-th entry of what was left
+    then, from the r-th on, and takes as many of its first ones as stand there."""
+
+    start: int = 0
+    deals: Sequence[Sequence[int]] = ()
+
+
+def gaps(remainder: Remainder, length: int | None = None) -> tuple[np.ndarray, int]:
+    """int64 [G] and a number: entries that are left with others behind them taken, and where the untouched part begins.
+
+    length: that of the sequence; None: it has no end.
+    """
+    entries, start = np.empty(0, np.int64), remainder.start
+    for taken in remainder.deals:
+        world_size = len(taken)
+        more = max(0, world_size * max(taken) - len(entries))
+        if length is not None:  # where shares differ in length, the last row of a deal is not full
+            more = min(more, length - start)
+        entries = np.concatenate([entries, np.arange(start, start + more)])
+        start += more
+        left = np.ones(len(entries), bool)
+        for rank, count in enumerate(taken):
+            left[rank : world_size * count : world_size] = False
+        entries = entries[left]
+    return entries, start
+
+
+def deal(remainder: Remainder, taken: Sequence[int], length: int | None = None) -> Remainder:
+    """What is left after one more deal. Deals that the ranks have all left behind are no longer kept."""
+    entries, start = gaps(remainder, length)
+    common = min(taken)  # rows of the deal that are wholly taken
+    if len(taken) * common < len(entries):
+        return Remainder(remainder.start, [*remainder.deals, list(taken)])
+    start += len(taken) * common - len(entries)
+    return Remainder(start, [[count - common for count in taken]] if max(taken) > common else [])

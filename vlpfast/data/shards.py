@@ -1,8 +1,10 @@
 """WebDataset shards: writing them, finding them, reading any sample of them, checking them.
 
 A shard is a tar; the members of a sample follow each other and share their key: the path up to the first dot of the file name.
-What comes after that dot, in lower case, says what the member is (`jpg`, `txt`, `json`, ...). Members without a dot and hidden
-files belong to no sample.
+What comes after that dot, in lower case, says what the member is (`jpg`, `txt`, `json`, ...). Members without a dot, hidden
+files, folders, links, devices and sparse files belong to no sample: they are passed over. Nothing is ever unpacked; a sample
+whose name is absolute or has a part `..` is left out all the same, and so is one that has a member twice, since nobody can tell
+which of the two goes with the rest (ShardSet.problem).
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ except ImportError as error:
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 
+NOT_CLOSED = "lacks the two zero blocks at its end: it may have been cut short between two members"
 _MAX_OPEN = 256  # descriptors that one ShardSet holds at most
 
 
@@ -240,6 +243,19 @@ class ShardSet:
         start, end = self._bounds(self._ends, i)
         return tuple(self._extensions[e] for e in self._extension_ids[start:end].tolist())
 
+    def problem(self, i: int) -> str:
+        """Why a sample must not be used, whatever its members hold; empty: it may be."""
+        start, end = self._bounds(self._ends, i)
+        ids = self._extension_ids[start:end].tolist()
+        if len(set(ids)) < len(ids):
+            twice = next(name for name in ids if ids.count(name) > 1)
+            return f"it has the member {self._extensions[twice]} twice"
+        start, end = self._bounds(self._key_ends, i)
+        key = self._keys[start:end]
+        if key.startswith(b"/") or b".." in key.split(b"/"):
+            return "its name leads out of the shard"
+        return ""
+
     def read(self, indices: Sequence[int] | np.ndarray, extensions: Sequence[str]) -> list[np.ndarray | None]:
         """For each sample the bytes (uint8) of its member with the first of these extensions that it has; None if it has none of
         them. Raises UserError if a shard cannot be read any more."""
@@ -351,7 +367,7 @@ def _verify_shard(path: str, decode: bool, threads: int, pool: ThreadPoolExecuto
         table = _native.load([path], [""], 1)[0]  # the archive itself, not its index
         report.problem = _problem(path, table) if table.file_size else "is empty (0 bytes)"
         if not report.problem and not table.complete:
-            report.problem = "lacks the two zero blocks at its end: it may have been cut short between two members"
+            report.problem = NOT_CLOSED
         shard = object.__new__(ShardSet)  # without the check that refuses damaged shards
         shard._fill([path], [table], threads)
         report.samples = len(shard)
@@ -363,7 +379,7 @@ def _verify_shard(path: str, decode: bool, threads: int, pool: ThreadPoolExecuto
                 key = shard.key(i)
                 first = used.setdefault(key, f"{path}:{i}")
                 repeated = "" if first == f"{path}:{i}" else f"its key is also in {first.rpartition(':')[0]}"
-                problems = (picture, _caption_problem(text, meta), repeated)
+                problems = (shard.problem(i), picture, _caption_problem(text, meta), repeated)
                 report.damaged += [(key, problem) for problem in problems if problem]
     except OSError as error:
         report.problem = f"cannot be read: {error.strerror}"
@@ -391,8 +407,10 @@ def _caption_problem(text: np.ndarray | None, meta: np.ndarray | None) -> str:
             text.tobytes().decode()
         elif meta is None:
             return 'no caption (a member txt, or "caption" in json)'
-        elif not isinstance(json.loads(meta.tobytes()).get("caption"), str):
+        elif not isinstance(caption := json.loads(meta.tobytes()).get("caption"), str):
             return 'no caption: its json has no text under "caption"'
-    except (ValueError, AttributeError) as error:
+        else:
+            caption.encode()
+    except (ValueError, AttributeError, RecursionError) as error:
         return f"its caption cannot be read: {error}"
     return ""

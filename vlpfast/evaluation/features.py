@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from vlpfast.types import Batch, EncodesImages, EncodesTexts, Loader, UserError
@@ -31,21 +32,32 @@ class Features:
 
 
 def encode_pairs(
-    model: nn.Module, loader: Loader, device: torch.device | str, progress: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None = None,
+    ranks: int = 1,
 ) -> Features:
     """Pictures and captions of one pass over `loader`. `progress(batches done, batches in all)` is called after each batch. The
     model runs in eval mode without gradients, and every module is put back into the mode it was in.
 
+    ranks: of the process group, each of which has a loader of its share of the samples (make_loader's rank and world_size) and
+    makes the same call; all get the features of all samples. Every rank runs the model equally often.
+
     Raises TypeError when the model lacks encode_image or encode_text, ValueError when the batches lack a field, UserError when
     there is no sample or a feature is not finite."""
-    return _encode(model, loader, device, progress, ("image", "text"))
+    return _encode(model, loader, device, progress, ranks, ("image", "text"))
 
 
 def encode_images(
-    model: nn.Module, loader: Loader, device: torch.device | str, progress: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None = None,
+    ranks: int = 1,
 ) -> Features:
     """encode_pairs for the pictures alone (`text` is None): what zero-shot classification needs."""
-    return _encode(model, loader, device, progress, ("image",))
+    return _encode(model, loader, device, progress, ranks, ("image",))
 
 
 @contextmanager
@@ -68,23 +80,29 @@ def require(model: nn.Module, side: str) -> None:
         raise TypeError(f"model: {type(model).__name__} has no method {method}, which this evaluation needs")
 
 
-def _encode(model, loader, device, progress, sides: tuple[str, ...]) -> Features:
+def _encode(model, loader, device, progress, ranks: int, sides: tuple[str, ...]) -> Features:
     for side in sides:
         require(model, side)
-    features: dict[str, list[Tensor]] = {side: [] for side in sides}
+    parts: dict[str, list[Tensor]] = {side: [] for side in sides}
     index, keys, meta = [], [], []
     with evaluating(model):
-        for done, batch in enumerate(loader, start=1):
+        for batch, again in _equally_often(loader, ranks, torch.device(device)):
+            encoded = {side: _encode_batch(model, batch, side, device) for side in sides}
+            if again:
+                continue
             for side in sides:
-                features[side].append(_encode_batch(model, batch, side, device))
+                parts[side].append(encoded[side])
             index.append(batch["index"].cpu())
             keys.extend(batch["key"])
             meta.extend(batch.get("meta", ()))
             if progress is not None:
-                progress(done, len(loader))
+                progress(len(index), len(loader))
         if not keys:
             raise UserError("nothing to evaluate: the data hold no usable sample")
-        joined = {side: torch.cat(parts) for side, parts in features.items()}  # [N, D]
+        joined = {side: torch.cat(rows) for side, rows in parts.items()}  # [N, D]
+        places, skipped = torch.cat(index), dict(loader.skipped)
+        if ranks > 1:
+            joined, places, keys, meta, skipped = _of_all(joined, places, keys, meta, skipped, ranks, device)
     for side, rows in joined.items():
         finite = rows.isfinite().all(1)  # [N]
         if not finite.all():
@@ -93,7 +111,42 @@ def _encode(model, loader, device, progress, sides: tuple[str, ...]) -> Features
                 f"the model gives {side} features that are not finite for {len(bad)} of {len(keys)} samples "
                 f"(first: {keys[bad[0]]}); did the training diverge?"
             )
-    return Features(joined["image"], joined.get("text"), torch.cat(index), keys, meta, dict(loader.skipped))
+    return Features(joined["image"], joined.get("text"), places, keys, meta, skipped)
+
+
+def _equally_often(loader: Loader, ranks: int, device: torch.device) -> Iterator[tuple[Batch, bool]]:
+    """Batches, and whether this one is there again, to no purpose but that a model spread over ranks runs on all of them."""
+    last = None
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        if ranks > 1:
+            some = torch.tensor(float(batch is not None), device=device)
+            dist.all_reduce(some)
+            if not some:
+                return
+        elif batch is None:
+            return
+        if batch is None and last is None:
+            raise UserError("nothing to evaluate on this rank: the data hold fewer usable samples than there are ranks")
+        yield (batch or last), batch is None
+        last = batch or last
+
+
+def _of_all(joined, places, keys, meta, skipped, ranks: int, device) -> tuple:
+    """The same of all ranks, in the order of places."""
+    found: list[Any] = [None] * ranks
+    dist.all_gather_object(found, ({side: rows.cpu() for side, rows in joined.items()}, places, keys, meta, skipped))
+    order = torch.cat([one[1] for one in found]).argsort()
+    together = {side: torch.cat([one[0][side] for one in found])[order].to(device) for side in joined}
+    every_key, every_meta = ([item for one in found for item in one[field]] for field in (2, 3))
+    return (
+        together,
+        torch.cat([one[1] for one in found])[order],
+        [every_key[place] for place in order.tolist()],
+        [every_meta[place] for place in order.tolist()] if every_meta else [],
+        {name: reason for one in found for name, reason in one[4].items()},
+    )
 
 
 def _encode_batch(model: nn.Module, batch: Batch, side: str, device: torch.device | str) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlpfast.nn.text import TextConfig, TextTower
 from vlpfast.nn.vit import ViT, ViTConfig
-from vlpfast.ops.contrastive import clip_loss
+from vlpfast.ops.contrastive import sharded_clip_loss
 from vlpfast.types import Batch, DataSpec, ImageSpec, Progress, TextSpec, UserError
 
 
@@ -79,8 +79,8 @@ class CLIP(nn.Module):
         return {"image": self.encode_image(batch["image"]), "text": self.encode_text(batch["text"])}
 
     def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The losses of features that `encode` made, perhaps in several parts put together again."""
-        return {"contrastive": clip_loss(features["image"], features["text"], self.logit_scale.exp())}
+        """The losses of features that `encode` made, perhaps in several parts put together again: this rank's share of them."""
+        return {"contrastive": sharded_clip_loss(features["image"], features["text"], self.logit_scale.exp())}
 
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B, 3, S, S] -> [B, embed_dim] float32 of unit length."""

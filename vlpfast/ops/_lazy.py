@@ -26,6 +26,14 @@ KERNELS = {
     "segment_pool_bwd_triton": ("temporal.triton_segments", "backward"),
     "temporal_attention_fwd_triton": ("temporal.triton_attention", "forward"),
     "temporal_attention_bwd_triton": ("temporal.triton_attention", "backward"),
+    "match_fwd_triton": ("tokens.triton_match", "match"),
+    "merge_fwd_triton": ("tokens.triton_merge", "forward"),
+    "merge_bwd_triton": ("tokens.triton_merge", "backward"),
+    "gather_rows_triton": ("tokens.triton_rows", "gather_rows"),
+    "filled_rows_sum_triton": ("tokens.triton_rows", "filled_rows_sum"),
+    "random_keep_triton": ("tokens.triton_select", "random_keep"),
+    "select_fwd_triton": ("tokens.triton_select", "forward"),
+    "select_bwd_triton": ("tokens.triton_select", "backward"),
 }
 
 

@@ -41,9 +41,19 @@ class Stage:
 
 
 @dataclass
+class Source:
+    """One of several sources of training samples."""
+
+    shards: list[str] = field(default_factory=list)  # patterns of tar files
+    weight: float | None = None  # share of the samples, of any sum; null, in all sources: in proportion to their sizes
+
+
+@dataclass
 class DataConfig:
     source: Literal["emojiworld", "shards"] = "emojiworld"  # the embedded data, or WebDataset shards of your own
     train: list[str] = field(default_factory=list)  # shards: patterns of tar files, e.g. "data/cc3m-{000..331}.tar"
+    mixture: dict[str, Source] = field(default_factory=dict)  # shards: several sources by name, in place of train
+    pure_batches: bool = False  # mixture: every batch, over all processes, is of one source
     heldout: list[str] = field(default_factory=list)  # shards: the same for evaluation; empty: no evaluation
     num_scenes: int = 20_000  # emojiworld: training pictures
     num_heldout: int = 1_000  # emojiworld: held-out pictures of two objects (retrieval), and as many of one (zero-shot)
@@ -59,7 +69,8 @@ class DataConfig:
 class TrainConfig:
     run_dir: str = "runs/train"  # everything about the run; starting again with the same folder goes on where it stopped
     steps: int = 1_000
-    batch_size: int = 256
+    batch_size: int = 256  # of all ranks together
+    micro_batch: int = 0  # samples that each rank encodes at a time, under one loss of the whole batch; 0: all at once
     seed: int = 0
     optimizer: Literal["adamw", "lamb", "lion", "adafactor", "sgd"] = "adamw"
     optimizer_backend: Literal["auto", "torch", "apex"] = "auto"  # adamw, lamb: NVIDIA apex's; auto: where a GPU and apex are
@@ -87,7 +98,10 @@ class TrainConfig:
     loss_scale: float = 65536.0  # fp16: the first
     loss_scale_interval: int = 2_000  # fp16: finite steps after which it is doubled
     device: str = "auto"  # auto: the GPU where there is one
-    compile: bool = False  # torch.compile
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # of many ranks: all of the model on each, or a part of it
+    activation_checkpointing: bool = False  # recompute each block's activations in the backward
+    compile: Literal["none", "block", "step"] = "none"  # torch.compile: each repeated block, or the model's whole forward
+    timeout_minutes: float = 10.0  # after which a rank that waits for another gives up
     deterministic: bool = False  # deterministic algorithms on a GPU too: slower, and a resumed run is equal bit for bit there
     checkpoint_every: int = 500  # steps; 0: only at the end
     keep_checkpoints: int = 2
@@ -140,6 +154,10 @@ class RunConfig:
 MAY_CHANGE = (
     "train.run_dir",
     "train.steps",
+    "train.micro_batch",
+    "train.strategy",
+    "train.activation_checkpointing",
+    "train.timeout_minutes",
     "train.device",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -324,12 +342,14 @@ _POSITIVE = {
         "loss_scale_interval",
         "keep_checkpoints",
         "log_seconds",
+        "timeout_minutes",
     ],
     "data": ["num_scenes", "num_heldout", "threads", "window"],
     "evaluation": ["batch_size"],
 }
 _NOT_NEGATIVE = {
     "train": [
+        "micro_batch",
         "seed",
         "warmup_steps",
         "min_lr",
@@ -368,10 +388,29 @@ def _validate(config: RunConfig) -> None:
         raise UserError("train.run_dir: expected a folder, got an empty string")
     for name, stage in config.stage_list():
         data = stage_data(config, name, stage)
-        if data.source == "shards" and not data.train:
-            raise UserError('data.train: expected patterns of tar files such as ["data/train-{000..009}.tar"], got none')
-        if data.source == "emojiworld" and (data.train or data.heldout):
-            raise UserError("data.train and data.heldout are patterns of your own shards: set data.source=shards with them")
+        _validate_data(data)
+
+
+def _validate_data(data: DataConfig) -> None:
+    if data.source == "shards" and not data.train and not data.mixture:
+        raise UserError('data.train: expected patterns of tar files such as ["data/train-{000..009}.tar"], got none')
+    if data.source == "emojiworld" and (data.train or data.heldout or data.mixture):
+        raise UserError("data.train, data.mixture and data.heldout name your own shards: set data.source=shards with them")
+    if data.train and data.mixture:
+        raise UserError("data.train and data.mixture: expected one of them, got both")
+    if data.pure_batches and not data.mixture:
+        raise UserError("data.pure_batches: batches of one source each need data.mixture, which is empty")
+    for name, source in data.mixture.items():
+        if not source.shards:
+            others = [other for other in data.mixture if other != name]
+            near = get_close_matches(name, others, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"data.mixture.{name}.shards: expected patterns of tar files, got none{hint}")
+        if source.weight is not None and not 0 < source.weight < float("inf"):
+            raise UserError(f"data.mixture.{name}.weight: expected a number above 0, got {source.weight}")
+    without = [name for name, source in data.mixture.items() if source.weight is None]
+    if 0 < len(without) < len(data.mixture):
+        raise UserError(f"data.mixture.{without[0]}.weight: expected a weight for every source or for none, got none here")
 
 
 def _validate_optimizer(train: TrainConfig) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vlpfast.training.apex_optimizers import CLASSES, build_apex, find_apex
 from vlpfast.training.config import Group, Stage, TrainConfig
@@ -33,16 +32,16 @@ def build_optimizer(model: nn.Module, train: TrainConfig, name: str, stage: Stag
             f"layer_decay={min(decays)}: no parameter of {type(model).__name__} has a numbered block in its name (blocks.0., "
             "layers.0., ...): expected 1, or a model with a method layer_depth"
         )
-    collected: dict[tuple[float, float], list[nn.Parameter]] = {}
+    collected: dict[tuple[float, float, bool], list[nn.Parameter]] = {}  # kernels take whole tensors or spread ones
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = next((group for pattern, group in stage.groups.items() if matches(parameter_name, [pattern])), Group())
             decay = train.weight_decay if group.weight_decay is None else group.weight_decay
             layer_decay = train.layer_decay if group.layer_decay is None else group.layer_decay
             factor = group.lr * layer_decay ** above.get(parameter_name, 0)
-            key = (factor, decay if parameter.ndim > 1 else 0.0)
+            key = (factor, decay if parameter.ndim > 1 else 0.0, is_spread(parameter))
             collected.setdefault(key, []).append(parameter)
-    groups = [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay), params in collected.items()]
+    groups = [{"params": params, "factor": factor, "weight_decay": decay} for (factor, decay, _), params in collected.items()]
     betas = (train.betas[0], train.betas[1])
     if _use_apex(train, [parameter for params in collected.values() for parameter in params]):
         return build_apex(train.optimizer, groups, train.lr, betas, train.eps)
@@ -51,7 +50,7 @@ def build_optimizer(model: nn.Module, train: TrainConfig, name: str, stage: Stag
     if train.optimizer == "lion":
         return Lion(groups, lr=train.lr, betas=betas)
     if train.optimizer == "adafactor":
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if any(is_spread(parameter) for parameter in model.parameters()):
             raise UserError("train.optimizer=adafactor: torch's does not take FSDP's parameters; adamw, lamb, lion and sgd do")
         return Adafactor(groups, lr=train.lr)
     if train.optimizer == "sgd":
@@ -66,7 +65,7 @@ def _use_apex(train: TrainConfig, parameters: list[nn.Parameter]) -> bool:
         "apex.optimizers of NVIDIA apex, built with its CUDA extensions, is not here": find_apex(train.optimizer) is None,
         "its kernels need a GPU": any(parameter.device.type != "cuda" for parameter in parameters),
         "its kernels need float32 parameters": any(parameter.dtype != torch.float32 for parameter in parameters),
-        "it does not know FSDP's parameters": any(isinstance(parameter, DTensor) for parameter in parameters),
+        "it does not know FSDP's parameters": any(is_spread(parameter) for parameter in parameters),
     }
     missing = [reason for reason, holds in reasons.items() if holds]
     if missing and train.optimizer_backend == "apex":
@@ -155,18 +154,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def gradient_norm(model: nn.Module, max_norm: float, max_value: float = 0.0) -> Tensor:
     """Norm of all gradients together (0-d float32), which are then scaled to at most max_norm (0: left as they are).
 
-    max_value: each entry is then brought to within [-max_value, max_value] (0: left as it is). Of DTensors the norm is that of
-    the whole gradients, the same on every process.
+    max_value: each entry is then brought to within [-max_value, max_value] (0: left as it is). Of parameters that are spread over
+    ranks it is the norm of the whole, on every rank.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
-    whole = [parameter for parameter in parameters if not isinstance(parameter.grad, DTensor)]  # FSDP2 takes no scalars
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in whole])
-    if sharded:
-        norm = torch.hypot(norm, torch.nn.utils.get_total_norm([parameter.grad for parameter in sharded]).full_tensor())
-    for part in filter(None, (whole, sharded)):
+    kinds: dict[bool, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            kinds.setdefault(is_spread(parameter), []).append(parameter)
+    norms = [torch.nn.utils.get_total_norm([parameter.grad for parameter in kind]) for kind in kinds.values()]
+    norms = [norm.full_tensor() if is_spread(norm) else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for kind in kinds.values():
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
         if max_value > 0:
-            torch.nn.utils.clip_grad_value_(part, max_value)
+            torch.nn.utils.clip_grad_value_(kind, max_value)
     return norm
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """Whether this rank has but a part of it (a DTensor)."""
+    return hasattr(tensor, "full_tensor")

@@ -8,10 +8,11 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from vlpfast.training.config import TrainConfig
+from vlpfast.training.optimizers import local
 from vlpfast.types import UserError
 
 _CPU_WORDS = {torch.bfloat16: {"amx_bf16", "avx512_bf16"}, torch.float16: {"amx_fp16", "avx512_fp16"}}
@@ -61,18 +62,41 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return dtype
 
 
-def loss_scaler(train: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
-    """Keeps small gradients of fp16 products from becoming 0; with every other precision it does nothing.
+class LossScale:
+    """Keeps small gradients of fp16 products from becoming 0: losses are multiplied by a scale, and gradients divided by it.
 
-    Losses times the scale, gradients divided by it. The scale is halved after a step whose gradients were not finite, and doubled
-    after train.loss_scale_interval steps that were, all on the device.
+    The rule of torch.amp.GradScaler, by its own kernel: halved after a step that was not finite, doubled after
+    train.loss_scale_interval steps that were, all on the device. GradScaler itself looks for what is not finite rank by rank,
+    and takes no mixture of FSDP's parameters with whole ones. In every other precision than fp16 all this does nothing.
     """
-    return torch.amp.GradScaler(
-        device.type,
-        init_scale=train.loss_scale,
-        growth_interval=train.loss_scale_interval,
-        enabled=train.precision == "fp16",
-    )
+
+    def __init__(self, train: TrainConfig, device: torch.device) -> None:
+        self.enabled = train.precision == "fp16"
+        self.interval = train.loss_scale_interval
+        self.scale = torch.full((), train.loss_scale if self.enabled else 1.0, device=device)  # 0-d float32
+        self.streak = torch.zeros((), dtype=torch.int32, device=device)  # finite steps since it changed
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.scale if self.enabled else loss
+
+    def unscale_(self, model: nn.Module) -> None:
+        """Divides every gradient of the model."""
+        if self.enabled:
+            grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            torch._foreach_mul_(local(grads), self.scale.double().reciprocal().float())
+
+    def update(self, found_inf: Tensor) -> None:
+        """found_inf: 0-d float32, 1 where the step was not finite on any rank."""
+        if self.enabled:
+            torch._amp_update_scale_(self.scale, self.streak, found_inf, 2.0, 0.5, self.interval)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale.item(), "streak": self.streak.item()} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        if self.enabled:
+            self.scale.fill_(state["scale"])
+            self.streak.fill_(state["streak"])
 
 
 def working_weights(model: nn.Module, precision: str) -> AbstractContextManager[None]:

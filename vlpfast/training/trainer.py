@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlpfast.training import checkpoint
+from vlpfast.training import checkpoint, feature_cache
 from vlpfast.training.config import RunConfig, Stage, to_dict
 from vlpfast.training.ema import WeightAverage
 from vlpfast.training.metrics import Display, JsonLines, TensorBoard
 from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
-from vlpfast.training.precision import autocast_dtype, loss_scaler, working_weights
+from vlpfast.training.parallel import Spread, World
+from vlpfast.training.precision import LossScale, autocast_dtype, working_weights
 from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
-from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, UserError
+from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, SplitsContrastive, UserError
 
 EXIT_PREEMPTED = 75  # what a command ends with after SIGTERM or SIGUSR1, the position saved: start it again to go on
-ON_HOST = ("index", "crop")  # fields of a batch that stay on the CPU
+_RANK_SEEDS = 1_000_003  # between the seeds of two ranks
+ON_HOST = ("index", "source", "crop")  # fields of a batch that stay on the CPU
 
 
 @dataclass
@@ -48,7 +51,7 @@ class _Taken:
 
     record: dict[str, Any]
     names: list[str]
-    values: Tensor  # [len(names)] float32 on the host
+    values: Tensor  # [len(names)] float32 on the host, means over ranks
     marks: list[Any]  # before forward, backward, optimiser; after it
     batch: Batch
 
@@ -67,7 +70,8 @@ class Trainer:
     steps that counted: there the flag is waited for. With train.precision=fp16 a gradient that is too large for its loss scale is
     skipped likewise and halves the scale; it counts as not finite only where the loss is not, or the scale is down to 1.
 
-    Two starts of the same run give the same bits on a CPU, and on a GPU with train.deterministic.
+    Two starts of the same run give the same bits on a CPU, and on a GPU with train.deterministic. Every rank of `world` makes
+    a Trainer and the same calls; the first one writes the logs, and a signal to any of them stops all.
     """
 
     def __init__(
@@ -75,27 +79,34 @@ class Trainer:
         config: RunConfig,
         model: nn.Module,
         loader_for_stage: Callable[[str, Stage], Loader],
-        device: torch.device,
+        world: World,
         on_evaluate: Callable[[int], dict[str, float]] | None = None,
     ) -> None:
         self.config = config
-        self.model = model.to(device)
+        self.model = model.to(world.device)
         self.loader_for_stage = loader_for_stage
-        self.device = device
+        self.world = world
+        self.device = world.device
         self.on_evaluate = on_evaluate
         self.run_dir = Path(config.train.run_dir)
         self.position = Position()
         self._offered = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._described = to_dict(config)["model"]
-        self._dtype = autocast_dtype(config.train.precision, device)
-        self._scaler = loss_scaler(config.train, device)
+        self._dtype = autocast_dtype(config.train.precision, self.device)
+        self._scale = LossScale(config.train, self.device)
         self._average: WeightAverage | None = None
         self._saved_step = 0
+        self._received: list[signal.Signals] = []  # by this rank
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        if config.train.compile:
-            model.compile()
+        if config.train.micro_batch and not isinstance(model, SplitsContrastive):
+            raise UserError(
+                f"train.micro_batch: {type(model).__name__} does not say which features its losses need (methods encode and "
+                "contrast), so its batch cannot be divided; use 0"
+            )
+        self._samples = world.share(config.train.batch_size)
+        self._spread = Spread(model, config.train, world)
 
     def fit(self) -> bool:
         """Trains to the end and writes model.safetensors. False: SIGTERM or SIGUSR1 came; the step was finished and saved.
@@ -109,7 +120,7 @@ class Trainer:
     def _fit(self) -> bool:
         folder = self.run_dir / "checkpoints"
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        newest, notes = checkpoint.find_newest(folder)
+        newest, notes = self.world.in_turn(lambda: _find_checkpoint(folder))
         stages = self.config.stage_list()
         names = [name for name, _ in stages]
         state = None
@@ -118,7 +129,6 @@ class Trainer:
             self.position = Position(**state["position"])
             if self.position.stage not in names:
                 raise UserError(f"{newest} was saved in stage {self.position.stage!r}; the configuration has {', '.join(names)}")
-        checkpoint.set_aside(folder, newest)
         self._saved_step = start = self.position.step
         first = names.index(self.position.stage) if state else 0
         for name, stage in stages[:first]:  # a stage without a mode keeps that of the stage before
@@ -126,12 +136,14 @@ class Trainer:
         steps = [self.config.stage_steps(stage) for _, stage in stages]
         self._total = start + sum(steps[first:]) - min(self.position.stage_step, steps[first])
 
-        self._metrics = JsonLines(self.run_dir / "metrics.jsonl", lambda line: line["step"] <= start)
         # The last evaluation is always made again: its settings may have changed.
         evaluated = min(start, self._total - 1)
-        self._evaluations = JsonLines(self.run_dir / "evaluation.jsonl", lambda line: line["step"] <= evaluated)
-        self._board = TensorBoard(self.run_dir / "tensorboard", self.config.train.tensorboard_every, start)
-        self._display = Display(start, self._total, self.config.train.log_seconds)
+        self._metrics = self._evaluations = self._board = self._display = _Silent()
+        if self.world.is_first:
+            self._metrics = JsonLines(self.run_dir / "metrics.jsonl", lambda line: line["step"] <= start)
+            self._evaluations = JsonLines(self.run_dir / "evaluation.jsonl", lambda line: line["step"] <= evaluated)
+            self._board = TensorBoard(self.run_dir / "tensorboard", self.config.train.tensorboard_every, start)
+            self._display = Display(start, self._total, self.config.train.log_seconds)
         try:
             for note in notes:
                 self._display.say(note)
@@ -150,8 +162,9 @@ class Trainer:
     def _say_start(self, newest: Path | None) -> None:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         precision = str(self._dtype or torch.float32).removeprefix("torch.")
+        ranks = f", {self.world.size} ranks ({self.config.train.strategy})" if self.world.size > 1 else ""
         say, left = self._display.say, self._total - self.position.step
-        say(f"{self.config.model.name}: {count:,} parameters, {precision} on {self.device}, run folder {self.run_dir}")
+        say(f"{self.config.model.name}: {count:,} parameters, {precision} on {self.device}{ranks}, run folder {self.run_dir}")
         if newest is not None:
             say(f"going on from {newest}: {left} steps left" if left else f"{newest}: all {self._total} steps are done")
 
@@ -168,40 +181,46 @@ class Trainer:
                 source = checkpoint.load_weights(stage.init_from, self.model)
                 self._display.say(f"stage {name}: weights from {source}")
         self._weights = working_weights(self.model, train.precision)
+        with self._weights:
+            self._spread.begin_stage()
         self._optimizer = build_optimizer(self.model, train, name, stage)
         self._average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         if state is not None:
             checkpoint.load(saved, self.model, self._optimizer, self._average_tensors())
-            if self._scaler.is_enabled():
-                self._scaler.load_state_dict(state["scaler"])
+            self._scale.load_state_dict(state.get("loss_scale", {}))
         if position.stage_step >= steps:
             return True
         loader = self.loader_for_stage(name, stage)
         self._taken: deque[_Taken] = deque()
+        self._stopped = False
         try:
             # Last, because opening the loader may itself draw random numbers.
-            if state is None:
-                seed_everything(train.seed + index)
-            else:
-                loader.load_state_dict(state["processes"][0]["loader"])
-                set_rng_state(state["processes"][0]["rng"])
-            with _stop_signals() as received:
-                self._steps(name, stage, steps, loader, received)
+            seed_everything(train.seed + index + _RANK_SEEDS * self.world.rank)
+            if state is not None:
+                self._go_on(loader, state["processes"])
+            with _stop_signals(self._received):
+                self._steps(name, stage, steps, loader)
             self._save(loader)
         finally:
             loader.close()
-        if received:
-            self._display.say(
-                f"{received[0].name}: stopped after step {position.step} and saved; start again with this run folder to go on"
-            )
-        return not received
+        if self._stopped:
+            kind = self._received[0].name if self._received else "another rank was told to stop"
+            self._display.say(f"{kind}: stopped after step {position.step} and saved; start again with this run folder to go on")
+        return not self._stopped
 
-    def _steps(self, name: str, stage: Stage, steps: int, loader: Loader, received: list[signal.Signals]) -> None:
+    def _go_on(self, loader: Loader, processes: list[dict[str, Any]]) -> None:
+        """processes: what each rank of the run that saved had."""
+        states = [process["loader"] for process in processes]
+        loader.load_state_dict(states[self.world.rank] if len(states) == self.world.size else states)
+        if self.world.rank < len(processes):  # a rank that is new has drawn nothing yet
+            set_rng_state(processes[self.world.rank]["rng"])
+
+    def _steps(self, name: str, stage: Stage, steps: int, loader: Loader) -> None:
         train, position = self.config.train, self.position
         batches = iter(loader)
         lag = 1 if self.device.type == "cuda" else 0
         mark = time.perf_counter()
-        while position.stage_step < steps and not received:
+        while position.stage_step < steps and not self._stopped:
             if isinstance(self.model, PreparesEpoch) and position.stage_step % len(loader) == 0:
                 self.model.prepare_epoch(loader)
             waited = time.perf_counter()
@@ -221,6 +240,7 @@ class Trainer:
             mark = now
             self._taken.append(taken)
             self._write_taken(lag)
+            self._stopped |= self.world.size == 1 and bool(self._received)  # many ranks stop at the same step: see _write_taken
             due = position.step < self._total
             if due and self.config.evaluation.every and position.step % self.config.evaluation.every == 0:
                 self._write_taken(0)
@@ -231,7 +251,7 @@ class Trainer:
                 mark = time.perf_counter()
 
     def _step(self, batch: Batch, name: str, stage: Stage, progress: Progress) -> _Taken:
-        model, optimizer, train = self.model, self._optimizer, self.config.train
+        model, optimizer, train, spread = self.model, self._optimizer, self.config.train, self._spread
         batch = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
             for key, value in batch.items()
@@ -241,26 +261,37 @@ class Trainer:
         if isinstance(model, BeforeStep):
             model.before_step(progress.step)
         marks = [_mark(self.device)]
+        divided = 0 < train.micro_batch < self._samples
         with self._weights:
-            with torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-                losses = model(batch, progress)
-                loss = weighted_sum(losses, stage.losses, name)
-            marks.append(_mark(self.device))
-            self._scaler.scale(loss).backward()
+            if divided:
+                total = partial(weighted_sum, weights=stage.losses, name=name)
+                loss, losses = feature_cache.backward(
+                    spread, batch, train.micro_batch, lambda made: self._scale.scaled(total(made)), self._autocast
+                )
+                loss = loss / self._scale.scale
+                marks.append(marks[0])  # forwards and backwards alternate
+            else:
+                with self._autocast():
+                    losses = spread("__call__", batch, progress)
+                    loss = weighted_sum(losses, stage.losses, name)
+                marks.append(_mark(self.device))
+                self._scale.scaled(loss).backward()
+        spread.finish(averaged=not divided)
         marks.append(_mark(self.device))
-        self._scaler.unscale_(optimizer)
+        self._scale.unscale_(model)
         norm = gradient_norm(model, train.clip_grad_norm, train.clip_grad_value)
         numbers = {"loss": loss, "grad_norm": norm, **{f"losses.{key}": value for key, value in losses.items()}}
         if isinstance(getattr(model, "logit_scale", None), Tensor):
             numbers["logit_scale"] = model.logit_scale.exp()
-        if self._scaler.is_enabled():
-            numbers["loss_scale"] = self._scaler.scale(torch.ones((), device=self.device))
-        values = torch.stack([value.detach().float() for value in numbers.values()])
+        if self._scale.enabled:
+            numbers["loss_scale"] = self._scale.scale
+        numbers["stop"] = loss.new_full((), float(bool(self._received)))
+        values = self.world.mean(torch.stack([value.detach().float() for value in numbers.values()]))
         on_host = torch.empty(values.shape, pin_memory=self.device.type == "cuda").copy_(values, non_blocking=True)
         finite = torch.isfinite(values[:2]).all()
         optimizer.found_inf = found_inf = (~finite).float()  # every optimiser here leaves all as it is where this is 1
         optimizer.step()
-        self._scaler.update()
+        self._scale.update(found_inf)
         if self._average is not None:
             self._average.update(progress.step, found_inf)
         optimizer.zero_grad(set_to_none=True)
@@ -270,12 +301,16 @@ class Trainer:
         record = {"step": self.position.step + 1, "stage": name, "lr": lr}
         return _Taken(record, list(numbers), on_host, marks, batch)
 
+    def _autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None)
+
     def _write_taken(self, leave: int) -> None:
         """Writes the steps taken but for the newest `leave`, whose numbers may not have arrived."""
         while len(self._taken) > leave:
             taken = self._taken.popleft()
             times = _durations(taken.marks)
             values = dict(zip(taken.names, taken.values.tolist(), strict=True))
+            self._stopped |= values.pop("stop") > 0
             # A gradient too large for fp16 halves the loss's scale: that is how it is found. At 1 it is the gradient's own fault.
             rescaled = values.get("loss_scale", 1.0) > 1.0
             finite = math.isfinite(values["loss"]) and (math.isfinite(values["grad_norm"]) or rescaled)
@@ -291,7 +326,8 @@ class Trainer:
                 self._keep_nonfinite(record, taken.batch)
 
     def _keep_nonfinite(self, record: dict[str, Any], batch: Batch) -> None:
-        path = self.run_dir / f"nonfinite-{record['step']}.pt"
+        rank = f"-rank{self.world.rank}" if self.world.size > 1 else ""
+        path = self.run_dir / f"nonfinite-{record['step']}{rank}.pt"
         on_host = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()}
         torch.save({"step": record["step"], "losses": record["losses"], "grad_norm": record["grad_norm"], "batch": on_host}, path)
         what = f"step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}"
@@ -309,7 +345,7 @@ class Trainer:
             return
         state = rng_state()
         self.model.eval()
-        with self._evaluated_weights():
+        with self._evaluated_weights(), self._spread.gathered():
             metrics = self.on_evaluate(self.position.step)
         self.model.train()
         set_rng_state(state)
@@ -331,8 +367,8 @@ class Trainer:
         state = {
             "position": asdict(self.position),
             "model": self._described,
-            "scaler": self._scaler.state_dict(),
-            "processes": [{"rng": rng_state(), "loader": loader.state_dict()}],
+            "loss_scale": self._scale.state_dict(),
+            "processes": self.world.gather({"rng": rng_state(), "loader": loader.state_dict()}),
         }
         train = self.config.train
         folder = self.run_dir / "checkpoints"
@@ -341,14 +377,28 @@ class Trainer:
         self._saved_step = self.position.step
 
 
+class _Silent:
+    """Where a rank that is not the first writes."""
+
+    every = 0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+def _find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    newest, notes = checkpoint.find_newest(folder)
+    checkpoint.set_aside(folder, newest)
+    return newest, notes
+
+
 @contextmanager
-def _stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and SIGUSR1, which would end the process, in the list that it yields."""
-    received: list[signal.Signals] = []
+def _stop_signals(received: list[signal.Signals]) -> Iterator[None]:
+    """Collects SIGTERM and SIGUSR1, which would end the process."""
     kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = [signal.signal(kind, lambda number, _: received.append(signal.Signals(number))) for kind in kinds]
     try:
-        yield received
+        yield
     finally:
         for kind, handler in zip(kinds, before, strict=True):
             signal.signal(kind, handler)

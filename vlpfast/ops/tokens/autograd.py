@@ -17,7 +17,7 @@ class Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, weight, index, kept, source, target, mean, largest, keep):
-        return _operator("merge_fwd", backend)(x, weight, kept, source, target, mean, largest)
+        return operator("merge_fwd", backend)(x, weight, kept, source, target, mean, largest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -47,7 +47,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, grad_y, grad_total, index, weight, total, x, mean, largest, need_x, need_weight):
-        return _operator("merge_bwd", backend)(grad_y, grad_total, index, weight, total, x, mean, largest, need_x, need_weight)
+        return operator("merge_bwd", backend)(grad_y, grad_total, index, weight, total, x, mean, largest, need_x, need_weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -63,7 +63,7 @@ class Unmerge(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, y, index, kept, source, target):
-        return _operator("merge_bwd", backend)(y, None, index, None, None, None, False, False, True, False)[0]
+        return operator("merge_bwd", backend)(y, None, index, None, None, None, False, False, True, False)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -80,7 +80,8 @@ class Unmerge(torch.autograd.Function):
         raise NotImplementedError(f"unmerge: results under vmap {_BY_REFERENCE}")
 
 
-def _operator(name: str, backend: str) -> Any:
+def operator(name: str, backend: str) -> Any:
+    """torch.ops.vlpfast's of that backend."""
     return getattr(torch.ops.vlpfast, f"{name}_triton" if backend == "triton" else name)
 
 

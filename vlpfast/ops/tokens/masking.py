@@ -10,6 +10,7 @@ from torch import Tensor
 from vlpfast.ops import backends, debug
 from vlpfast.ops._checks import DTYPES, check_choice, check_count, check_tensor
 from vlpfast.ops.tokens import reference_selection as reference
+from vlpfast.ops.tokens.autograd import operator
 from vlpfast.ops.tokens.selection import KERNELS, check_protect, check_tokens
 from vlpfast.ops.tokens.selection_autograd import GatherRows
 
@@ -57,9 +58,10 @@ def random_keep(
     if not isinstance(seed, Tensor):
         raise TypeError(f"seed: expected a tensor, got {type(seed).__name__}")
     check_tensor("seed", seed, seed.device, (torch.int64,), batch if seed.ndim else None)
-    if backends.choose("random_keep", KERNELS, seed.device) == "reference":
+    backend = backends.choose("random_keep", KERNELS, seed.device)
+    if backend == "reference":
         return reference.random_keep(seed, batch, tokens, keep, protect, order == "random")
-    return torch.ops.vlpfast.random_keep(seed, batch, tokens, keep, protect, order == "random")
+    return operator("random_keep", backend)(seed, batch, tokens, keep, protect, order == "random")
 
 
 def random_mask(
@@ -162,9 +164,10 @@ def _gather(name: str, x: Tensor, indices: Tensor, fill: Tensor | None, back: Te
         back = reference.invert(indices, x.shape[1])
         if debug.readable(indices) and (back >= 0).sum() < (indices >= 0).sum():
             raise ValueError(f"{name}: expected every row of an image at most once (its gradient has one place), got one twice")
-    if backends.choose("gather_rows", KERNELS, x.device, x.dtype) == "reference":
+    backend = backends.choose("gather_rows", KERNELS, x.device, x.dtype)
+    if backend == "reference":
         return reference.gather_rows(x, indices, fill)
-    return GatherRows.apply(x, indices, fill, back)
+    return GatherRows.apply(backend, x, indices, fill, back)
 
 
 def _keep_count(tokens: int, ratio: Any) -> int:

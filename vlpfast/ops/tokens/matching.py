@@ -11,8 +11,9 @@ from vlpfast.ops import backends, debug
 from vlpfast.ops._checks import DTYPES, check_choice, check_count, check_mask, check_tensor
 from vlpfast.ops.contrastive.reference import random_bits
 from vlpfast.ops.tokens import reference
+from vlpfast.ops.tokens.autograd import operator
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
 
 class Match(NamedTuple):
@@ -167,8 +168,7 @@ def _match(metric, a, b, every, protect, r, order, mask) -> Match:
         if a is None:
             a, b = reference.split(metric.shape[1], every, metric.device)
         return Match(*reference.match(metric, a, b, protect, r, order == "score", mask))
-    operator = torch.ops.vlpfast.match_fwd_triton if backend == "triton" else torch.ops.vlpfast.match_fwd
-    return Match(*operator(metric, a, b, every, protect, r, order == "score", mask))
+    return Match(*operator("match_fwd", backend)(metric, a, b, every, protect, r, order == "score", mask))
 
 
 def _check_metric(metric: Any, mask: Any) -> None:

@@ -14,7 +14,7 @@ from vlpfast.ops.tokens import reference
 from vlpfast.ops.tokens.autograd import Merge, Unmerge
 from vlpfast.ops.tokens.matching import Match
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
 
 def merge(

@@ -14,7 +14,7 @@ from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.tokens import reference_selection as reference
 from vlpfast.ops.tokens.selection_autograd import Select
 
-KERNELS = {"cpp": "cpu"}  # beside `reference`: backend -> device type
+KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
 
 def select(
@@ -74,9 +74,10 @@ def select(
     debug.check_within("score", score, -torch.inf, torch.inf)
     fuse, by_score = rest == "fuse", order == "score"
     score = score if fuse else score.detach()
-    if backends.choose("select", KERNELS, x.device, x.dtype) == "reference":
+    backend = backends.choose("select", KERNELS, x.device, x.dtype)
+    if backend == "reference":
         return reference.select(x, score, k, protect=protect, mask=mask, by_score=by_score, fuse=fuse, normalize=normalize)
-    return Select.apply(x, score, mask, k, protect, by_score, fuse, normalize)
+    return Select.apply(backend, x, score, mask, k, protect, by_score, fuse, normalize)
 
 
 def importance(

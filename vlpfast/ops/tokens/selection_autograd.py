@@ -7,29 +7,31 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vlpfast.ops.tokens.autograd import operator
+
 
 class Select(torch.autograd.Function):
-    """Arguments and results of select_fwd (vlpfast/ops/_schemas.py); score has a gradient with `fuse` alone.
+    """Arguments and results of select_fwd or select_fwd_triton (vlpfast/ops/_schemas.py); score has a gradient with `fuse` alone.
 
     It has no jvp of its own (Dynamo refuses a Function that has one), so forward-mode differentiation ends in torch's error.
     """
 
     @staticmethod
-    def forward(x, score, mask, k, protect, by_score, fuse, normalize):
-        return torch.ops.vlpfast.select_fwd(x, score, mask, k, protect, by_score, fuse, normalize)
+    def forward(backend, x, score, mask, k, protect, by_score, fuse, normalize):
+        return operator("select_fwd", backend)(x, score, mask, k, protect, by_score, fuse, normalize)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, score, mask, *_, ctx.fuse, ctx.normalize = inputs
+        ctx.backend, x, score, mask, *_, ctx.fuse, ctx.normalize = inputs
         indices = output[1]
         ctx.mark_non_differentiable(indices)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, score, mask, indices)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, score, mask, indices)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple:
-        need_x, need_score = ctx.needs_input_grad[:2]
-        dx, dscore = _SelectGradient.apply(grad, *ctx.saved_tensors, ctx.fuse, ctx.normalize, need_x, need_score)
-        return dx if need_x else None, dscore if need_score else None, *[None] * 6
+        need_x, need_score = ctx.needs_input_grad[1:3]
+        dx, dscore = _SelectGradient.apply(ctx.backend, grad, *ctx.saved_tensors, ctx.fuse, ctx.normalize, need_x, need_score)
+        return None, dx if need_x else None, dscore if need_score else None, *[None] * 6
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
@@ -37,7 +39,7 @@ class Select(torch.autograd.Function):
 
 
 class _SelectGradient(torch.autograd.Function):
-    """torch.ops.vlpfast.select_bwd as a step of its own in the graph: a second derivative meets an error, never a silent zero.
+    """select_bwd or select_bwd_triton as a step of its own in the graph: a second derivative meets an error, never a silent zero.
 
     `once_differentiable` does not do that: inside torch.func.grad(torch.func.grad(f)) it lets a wrong result through.
     """
@@ -45,8 +47,8 @@ class _SelectGradient(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(grad, x, score, mask, indices, fuse, normalize, need_x, need_score):
-        return torch.ops.vlpfast.select_bwd(grad, x, score, mask, indices, fuse, normalize, need_x, need_score)
+    def forward(backend, grad, x, score, mask, indices, fuse, normalize, need_x, need_score):
+        return operator("select_bwd", backend)(grad, x, score, mask, indices, fuse, normalize, need_x, need_score)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -63,21 +65,22 @@ class GatherRows(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, indices, fill, back):
-        return torch.ops.vlpfast.gather_rows(x, indices, fill)
+    def forward(backend, x, indices, fill, back):
+        return operator("gather_rows", backend)(x, indices, fill)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _, indices, fill, back = inputs
+        ctx.backend, _, indices, fill, back = inputs
         ctx.fill_dtype = None if fill is None else fill.dtype
         ctx.save_for_backward(indices, back)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         indices, back = ctx.saved_tensors
-        need_x, _, need_fill, _ = ctx.needs_input_grad
-        dx = GatherRows.apply(grad, back, None, indices) if need_x else None
-        return dx, None, FilledRowsSum.apply(grad, indices).to(ctx.fill_dtype) if need_fill else None, None
+        _, need_x, _, need_fill, _ = ctx.needs_input_grad
+        dx = GatherRows.apply(ctx.backend, grad, back, None, indices) if need_x else None
+        dfill = FilledRowsSum.apply(ctx.backend, grad, indices).to(ctx.fill_dtype) if need_fill else None
+        return None, dx, None, dfill, None
 
 
 class FilledRowsSum(torch.autograd.Function):
@@ -86,19 +89,19 @@ class FilledRowsSum(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, indices):
-        return torch.ops.vlpfast.filled_rows_sum(x, indices)
+    def forward(backend, x, indices):
+        return operator("filled_rows_sum", backend)(x, indices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, indices = inputs
+        _, x, indices = inputs
         ctx.dtype = x.dtype
         ctx.save_for_backward(indices)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (indices,) = ctx.saved_tensors
-        return torch.where((indices < 0)[..., None], grad, 0).to(ctx.dtype), None
+        return None, torch.where((indices < 0)[..., None], grad, 0).to(ctx.dtype), None
 
 
 _BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'

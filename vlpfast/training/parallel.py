@@ -1,0 +1,280 @@
+"""Many processes: who they are, what they tell each other, and how a model is spread over them.
+
+Every rank trains on its share of the batch; losses are written so that their mean over ranks is the loss of the whole batch
+(vlpfast/ops/contrastive/distributed.py), and gradients are averaged: N processes equal one with the whole batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlpfast.training.config import TrainConfig
+from vlpfast.training.precision import autocast_dtype, choose_device
+from vlpfast.types import UserError
+
+T = TypeVar("T")
+
+BUCKET_MIB = 25  # of gradients that travel together: large enough for the network, small enough to overlap with the backward
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and this one's place among them. Without torchrun: one."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """Samples of a global batch that are this rank's."""
+        if batch_size % self.size:
+            raise UserError(f"train.batch_size: expected a multiple of the {self.size} ranks, got {batch_size}")
+        return batch_size // self.size
+
+    def gather(self, value: Any) -> list[Any]:
+        """Plain JSON values of all ranks, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, json.dumps(value))
+        return [json.loads(text) for text in found]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Over ranks; where one is not finite, not finite on all."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """make() on the first rank, then on all others: files that it leaves are there for them.
+
+        A UserError of the first rank is raised there, and ends the others without a word.
+        """
+        result, problem = None, None
+        if self.is_first:
+            try:
+                result = make()
+            except UserError as error:
+                if self.size == 1:
+                    raise
+                problem = error
+        if self.size > 1:
+            failed = [problem is not None]
+            dist.broadcast_object_list(failed, src=0)
+            if problem is not None:
+                raise problem
+            if failed[0]:
+                raise SystemExit(2)
+        return result if self.is_first else make()
+
+
+@contextmanager
+def joined(train: TrainConfig) -> Iterator[World]:
+    """The world that torchrun (or a SLURM script with the same environment variables) has set up, left at the end.
+
+    UserError: no such device for this rank, the port is in use, the others do not come.
+    """
+    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+        yield World(device=choose_device(train.device))
+        return
+    rank, size, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = choose_device(train.device)
+    if device.type == "cuda":
+        device = choose_device(f"cuda:{local}")
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=train.timeout_minutes)
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"rank {rank} of {size} cannot meet the others at {where}: {str(error).splitlines()[0]}") from error
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+# --- a model on many ranks --------------------------------------------------------------------------------------------
+
+
+class _Entry(nn.Module):
+    """The one module through which a spread model is entered: any of its methods, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.model, method)(*arguments) if method else None
+
+
+class Spread:
+    """A model prepared as `train` asks for and spread over the ranks of a world.
+
+    train.strategy "ddp" keeps everything on every rank (DistributedDataParallel), "fsdp" a part of each block's parameters,
+    gradients and optimiser state (FSDP2's fully_shard; in bf16 products its parameters also travel in bf16). FSDP2 takes no
+    parameters without dimensions (temperatures): those stay on every rank, and their gradients are averaged here.
+    Optimisers and checkpoints see the model's own parameters, under their own names.
+    """
+
+    def __init__(self, model: nn.Module, train: TrainConfig, world: World) -> None:
+        self.model, self.train, self.world = model, train, world
+        repeated = blocks(model)
+        if train.activation_checkpointing:
+            for block in repeated:
+                _recompute(block)
+        if train.compile == "block":
+            if not repeated:
+                raise UserError(f"train.compile=block: {type(model).__name__} has no repeated blocks; use step")
+            for block in repeated:
+                block.compile()
+        elif train.compile == "step":
+            model.compile()
+        self._entry: nn.Module = _Entry(model)
+        self._replicated: list[nn.Parameter] = []  # whose gradients are averaged here
+        self._sharded = world.size > 1 and train.strategy == "fsdp"
+        if self._sharded:
+            self._shard(repeated)
+
+    def begin_stage(self) -> None:
+        """Once it is settled which parameters are trained."""
+        if self.world.size > 1 and not self._sharded:
+            parallel = nn.parallel.DistributedDataParallel
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(parallel).parameters else "broadcast_buffers"
+            self._entry = parallel(
+                _Entry(self.model),
+                device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+                bucket_cap_mb=BUCKET_MIB,
+                gradient_as_bucket_view=True,
+                **{buffers: False},  # forward changes none; the second is the first's name in older versions
+            )
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        """The model's method; its backward averages the gradients."""
+        return self._entry(method, *arguments)
+
+    def unaveraged(self, method: str, *arguments: Any) -> Any:
+        """The model's method; its backward only adds to the gradients, which a later one averages (FSDP2) or finish() does."""
+        if self._sharded:
+            return self._entry(method, *arguments)
+        return getattr(self.model, method)(*arguments)
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Inside, backwards do not travel."""
+        if self._sharded:
+            self._entry.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                self._entry.set_requires_gradient_sync(True)
+        else:
+            yield
+
+    def finish(self, averaged: bool) -> None:
+        """After the last backward of a step. averaged: it went through __call__."""
+        if self.world.size == 1:
+            return
+        parameters = self._replicated if self._sharded else [] if averaged else self.model.parameters()
+        _average([parameter for parameter in parameters if parameter.requires_grad], self.world)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, methods of the model itself may be called, by all ranks equally often, without gradients."""
+        if not self._sharded:
+            yield
+            return
+        with torch.no_grad():
+            self._entry("")  # FSDP2 learns at the first entry which module is the outermost
+        self._entry.unshard()
+        try:
+            yield
+        finally:
+            self._entry.reshard()
+
+    def _shard(self, repeated: list[nn.Module]) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            dist.broadcast(tensor.data, src=0)
+        scalars = {parameter for parameter in self.model.parameters() if parameter.ndim == 0}
+        self._replicated = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
+        policy = MixedPrecisionPolicy()
+        if autocast_dtype(self.train.precision, self.world.device) == torch.bfloat16:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        for block in repeated:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        self._entry = fully_shard(_Entry(self.model), mesh=mesh, mp_policy=policy, ignored_params=scalars)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What a network is a stack of: the members of every ModuleList of two or more modules of one class that have parameters."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(member) for member in module}) == 1:
+            found += [member for member in module if any(True for _ in member.parameters())]
+    inner = {id(module) for block in found for module in block.modules() if module is not block}
+    return [block for block in found if id(block) not in inner]
+
+
+def _recompute(block: nn.Module) -> None:
+    """The block's activations are made again in the backward. Names of parameters stay as they are."""
+    forward = block.forward
+
+    @functools.wraps(forward)
+    def recomputing(*arguments: Any, **named: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **named)
+        return checkpoint(forward, *arguments, use_reentrant=False, **named)
+
+    block.forward = recomputing
+
+
+def _average(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Gradients to their mean over ranks, in buckets that are on their way together."""
+    on_way: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = []
+
+    def send(bucket: list[nn.Parameter]) -> None:
+        flat = torch.cat([parameter.grad.flatten() for parameter in bucket])
+        on_way.append((dist.all_reduce(flat, async_op=True), flat, bucket))
+
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if parameter.grad is None:  # on other ranks there may be one
+            parameter.grad = torch.zeros_like(parameter)
+        if bucket and (parameter.dtype != bucket[0].dtype or _mib(bucket) >= BUCKET_MIB):
+            send(bucket)
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        send(bucket)
+    for work, flat, sent in on_way:
+        work.wait()
+        flat /= world.size
+        for parameter, part in zip(sent, flat.split([parameter.numel() for parameter in sent]), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+
+def _mib(parameters: list[nn.Parameter]) -> float:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20
