@@ -25,7 +25,7 @@ from vlpfast.training.config import Group, Stage, TrainConfig
 from vlpfast.training.ema import WeightAverage
 from vlpfast.training.optim import build_optimizer, gradient_norm, layers_above, learning_rate
 from vlpfast.training.optimizers import LAMB, SGD, Adafactor, Lion
-from vlpfast.training.precision import BFloat16Weights, working_weights
+from vlpfast.training.precision import BFloat16Weights, LossScale, working_weights
 from vlpfast.types import UserError
 
 SHAPES = ((), (1,), (5,), (4, 3), (2, 3, 2, 2))
@@ -544,6 +544,12 @@ def spread_as_whole(rank: int, world: int, folder: Path) -> None:
         build_optimizer(sharded, TrainConfig(optimizer="adafactor"), "s", Stage())
     with pytest.raises(UserError, match=r"train.precision=bf16_params: FSDP keeps bf16 copies of its own"):
         working_weights(sharded, "bf16_params")
+
+    sharded.append(nn.Parameter(torch.ones(())))  # as FSDP2 leaves a temperature
+    for parameter in sharded:
+        parameter.grad = torch.full_like(parameter, 256.0)
+    LossScale(TrainConfig(precision="fp16", loss_scale=256.0), torch.device("cpu")).unscale_(sharded)
+    assert sharded[0].grad.to_local().tolist() == [[1.0, 1.0]] * 2 and sharded[1].grad == 1
 
     torch.manual_seed(0)
     layer = nn.Linear(6, 5)
