@@ -300,6 +300,14 @@ class HasModes(Protocol):
 
 
 @runtime_checkable
+class LayerDepths(Protocol):
+    def layer_depth(self, name: str) -> tuple[int, int]:
+        """Where a parameter stands for layer_decay: its depth in its tower and the tower's last depth. Its learning rate is
+        multiplied by layer_decay ** (last - depth). Without this method depths are read from the names."""
+        ...
+
+
+@runtime_checkable
 class EncodesImages(Protocol):
     def encode_image(self, image: Tensor) -> Tensor:
         """image [B, 3, H, W] -> [B, D] of unit length."""

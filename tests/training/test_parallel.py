@@ -25,7 +25,7 @@ from vlpfast.training import feature_cache
 from vlpfast.training.config import RunConfig, load_config
 from vlpfast.training.optim import is_spread
 from vlpfast.training.parallel import Spread, World, blocks, joined
-from vlpfast.training.precision import has_fast_bfloat16
+from vlpfast.training.precision import is_fast
 from vlpfast.training.rng import seed_everything
 from vlpfast.training.together import on_all
 from vlpfast.training.trainer import Trainer
@@ -253,7 +253,7 @@ def spread_models_in_bf16_and_evaluated(rank: int, world: int, folder: Path) -> 
     """What travels in bf16 is near float32, and a spread model gives the same features through its own methods."""
     overrides = ("train.strategy=fsdp", "train.activation_checkpointing=true")
     exact, losses = trained(folder / "exact", World(rank, world), *overrides)
-    with pytest.warns(UserWarning) if not has_fast_bfloat16(torch.device("cpu")) else nullcontext():
+    with pytest.warns(UserWarning) if not is_fast(torch.bfloat16, torch.device("cpu")) else nullcontext():
         half, half_losses = trained(folder / "half", World(rank, world), *overrides, "train.precision=bf16")
     assert half_losses == pytest.approx(losses, rel=0.02) and half_losses != losses
     assert {whole(parameter).dtype for parameter in half.model.parameters()} == {torch.float32}

@@ -9,7 +9,7 @@ from toy_run import toy_config, toy_model
 
 from vlpfast.training.config import Group, Stage, TrainConfig
 from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
-from vlpfast.training.precision import choose_device, has_fast_bfloat16, use_bfloat16
+from vlpfast.training.precision import autocast_dtype, choose_device, is_fast
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
 from vlpfast.types import UserError
 
@@ -122,10 +122,14 @@ def test_precision_auto_is_bf16_only_where_the_cpu_has_it(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "read_text", read_text)
     cpu, fast = torch.device("cpu"), flags is not None and "bf16" in flags
-    assert has_fast_bfloat16(cpu) == use_bfloat16("auto", cpu) == fast
-    assert not use_bfloat16("fp32", cpu)
-    if fast:
-        assert use_bfloat16("bf16", cpu)
-    else:
-        with pytest.warns(UserWarning, match="no bf16 instructions"):
-            assert use_bfloat16("bf16", cpu)
+    assert is_fast(torch.bfloat16, cpu) == fast and not is_fast(torch.float16, cpu)
+    assert autocast_dtype("auto", cpu) == (torch.bfloat16 if fast else None)
+    assert autocast_dtype("fp32", cpu) is None
+    for precision in ("bf16", "bf16_params"):
+        if fast:
+            assert autocast_dtype(precision, cpu) == torch.bfloat16
+        else:
+            with pytest.warns(UserWarning, match=f"precision={precision}: this cpu has no bf16 instructions"):
+                assert autocast_dtype(precision, cpu) == torch.bfloat16
+    with pytest.warns(UserWarning, match="precision=fp16: this cpu has no fp16 instructions"):
+        assert autocast_dtype("fp16", cpu) == torch.float16

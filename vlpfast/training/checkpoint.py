@@ -1,8 +1,8 @@
 """Checkpoints: written aside, checked, renamed; the newest one that is whole is found again.
 
 checkpoints/step-00000500/
-    *.distcp, .metadata   tensors of the model and the optimiser by name, in torch.distributed.checkpoint's format: one .distcp
-                          file of each process, with its shards of DTensors and its share of what all processes hold
+    *.distcp, .metadata   tensors of the model, the optimiser and the average by name, in torch.distributed.checkpoint's format:
+                          one .distcp file of each process, with its shards of DTensors and its share of what all processes hold
     state.json            everything else: position, model, and for each process its random generators and its loader
     manifest.json         size and CRC-32 of every other file; written last
 
@@ -23,7 +23,7 @@ import shutil
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,16 @@ def save(
     state: dict[str, Any],
     keep: int,
     group: dist.ProcessGroup | None = None,
+    more: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes folder/step-N with `state` (plain JSON values) beside the tensors, then removes all but the newest `keep`.
 
+    more: tensors beside those of the model and the optimiser, under the names that they are to have there (ema.NAME).
     With several processes `state` is that of process 0; group: what they agree through, if not the default one.
     UserError: the disk is full or cannot be written, for any process. The half-written folder is removed, earlier checkpoints
     are as they were.
     """
-    return write(folder, step, collect(model, optimizer), encode(step, state), keep, group)
+    return write(folder, step, collect(model, optimizer, more), encode(step, state), keep, group)
 
 
 def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -143,15 +145,21 @@ def read_state(path: Path, described: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Fills the model and the optimiser from a whole checkpoint. UserError: names or shapes do not fit."""
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, more: Mapping[str, Tensor] | None = None) -> None:
+    """Fills the model, the optimiser and `more` (as in save) from a whole checkpoint. UserError: names or shapes do not fit."""
     _load_model(path, model)
     _load_optimizer(path, model, optimizer)
+    stored = dict(_stored(path))
+    for name, tensor in (more or {}).items():
+        if name not in stored or stored[name].size != tensor.shape:
+            raise UserError(f"{path} has no {name} of shape {list(tensor.shape)}: was train.ema_decay set when it was saved?")
+    _read(path, dict(more or {}))
 
 
 def load_weights(source: str | Path, model: nn.Module) -> str:
     """Fills the model from a run folder (its newest whole checkpoint), a checkpoint or a .safetensors file; returns which.
 
+    Where a checkpoint has an average of a weight (train.ema_decay), that is what the model gets, as model.safetensors does.
     If the model has a method `convert(state_dict) -> state_dict`, it puts the tensors of a .safetensors file under its own names.
     UserError: nothing to load there, or names or shapes do not fit the model.
     """
@@ -167,6 +175,7 @@ def load_weights(source: str | Path, model: nn.Module) -> str:
         elif damage := on_first(lambda: damaged(path)):
             raise UserError(f"{path} is damaged: {damage}")
         _load_model(path, model)
+        _load_averages(path, model)
         return str(path)
     try:
         tensors = load_file(path)
@@ -279,10 +288,10 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer, more: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, themselves. TypeError: a state of the optimiser that could not be put back."""
     # The model first: FSDP2 puts its shards back in place of whole parameters when it is asked for a state_dict.
-    return {**_model_tensors(model), **_optimizer_tensors(model, optimizer)}
+    return {**_model_tensors(model), **_optimizer_tensors(model, optimizer), **(more or {})}
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -308,6 +317,12 @@ def _load_model(path: Path, model: nn.Module) -> None:
     stored = {name.removeprefix("model."): entry.size for name, entry in _stored(path) if name.startswith("model.")}
     _check_fit(path, stored, model)
     _read(path, _model_tensors(model))
+
+
+def _load_averages(path: Path, model: nn.Module) -> None:
+    stored = {name for name, _ in _stored(path)}
+    averages = {f"ema.{name}": p.data for name, p in model.named_parameters() if f"ema.{name}" in stored}
+    _read(path, averages)
 
 
 def _load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -23,6 +23,7 @@ class Group:
 
     lr: float = 1.0  # factor on train.lr
     weight_decay: float | None = None  # null: train.weight_decay
+    layer_decay: float | None = None  # null: train.layer_decay
 
 
 @dataclass
@@ -71,14 +72,31 @@ class TrainConfig:
     batch_size: int = 256  # of all ranks together
     micro_batch: int = 0  # samples that each rank encodes at a time, under one loss of the whole batch; 0: all at once
     seed: int = 0
+    optimizer: Literal["adamw", "lamb", "lion", "adafactor", "sgd"] = "adamw"
+    optimizer_backend: Literal["auto", "torch", "apex"] = "auto"  # adamw, lamb: NVIDIA apex's; auto: where a GPU and apex are
     lr: float = 1e-3
-    warmup_steps: int = 100  # linear, from lr / warmup_steps
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up; the first two end at 0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    eps: float = 1e-6
+    warmup_steps: int = 100  # linear
+    warmup_lr: float | None = None  # where the warm-up starts; null: lr / warmup_steps
+    schedule: Literal["cosine", "linear", "polynomial", "steps", "constant"] = "cosine"  # after the warm-up
+    min_lr: float = 0.0  # where cosine, linear and polynomial end, and what steps do not fall below
+    power: float = 1.0  # polynomial: of the share of the way that is left
+    cycle_steps: int = 0  # cosine: begin anew so often (warm restarts); 0: one cosine
+    decay_at: list[float] = field(default_factory=list)  # steps: shares of the stage at which the rate falls: [0.67, 0.89]
+    decay_every: int = 0  # steps: the rate falls after each so many steps too; 0: only at decay_at
+    decay_factor: float = 0.1  # steps: what the rate is multiplied by each time
+    layer_decay: float = 1.0  # factor on the rate for each block further from a tower's output; 1: one rate for all
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])  # adamw, lamb, lion
+    eps: float = 1e-6  # adamw, lamb
+    momentum: float = 0.9  # sgd
     weight_decay: float = 0.2  # on matrices alone: never on biases, norms and scalars
     clip_grad_norm: float = 1.0  # 0: no clipping
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the hardware multiplies it natively
+    clip_grad_value: float = 0.0  # each entry of a gradient, after clip_grad_norm; 0: no clipping
+    ema_decay: float = 0.0  # evaluate and export an exponential moving average of the weights; 0: the weights themselves
+    # auto: bf16 where the hardware multiplies it natively. All but bf16_params, whose forwards hold bf16 copies of the matrices,
+    # are autocast over float32 parameters
+    precision: Literal["auto", "fp32", "bf16", "fp16", "bf16_params"] = "auto"
+    loss_scale: float = 65536.0  # fp16: the first
+    loss_scale_interval: int = 2_000  # fp16: finite steps after which it is doubled
     device: str = "auto"  # auto: the GPU where there is one
     strategy: Literal["ddp", "fsdp"] = "ddp"  # of many ranks: all of the model on each, or a part of it
     activation_checkpointing: bool = False  # recompute each block's activations in the backward
@@ -316,7 +334,20 @@ def _one_line(error: Exception) -> str:
 
 
 _POSITIVE = {
-    "train": ["steps", "batch_size", "lr", "eps", "keep_checkpoints", "log_seconds", "timeout_minutes"],
+    "train": [
+        "steps",
+        "batch_size",
+        "lr",
+        "power",
+        "decay_factor",
+        "layer_decay",
+        "eps",
+        "loss_scale",
+        "loss_scale_interval",
+        "keep_checkpoints",
+        "log_seconds",
+        "timeout_minutes",
+    ],
     "data": ["num_scenes", "num_heldout", "threads", "window"],
     "evaluation": ["batch_size"],
 }
@@ -325,8 +356,12 @@ _NOT_NEGATIVE = {
         "micro_batch",
         "seed",
         "warmup_steps",
+        "min_lr",
+        "cycle_steps",
+        "decay_every",
         "weight_decay",
         "clip_grad_norm",
+        "clip_grad_value",
         "checkpoint_every",
         "max_nonfinite",
         "tensorboard_every",
@@ -348,9 +383,11 @@ def _validate(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         if stage.steps is not None and stage.steps <= 0:
             raise UserError(f"stages.{name}.steps: expected a number above 0, got {stage.steps}")
-    betas = config.train.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"train.betas: expected two numbers from 0 to below 1, got {betas}")
+        for pattern, group in stage.groups.items():
+            if group.layer_decay is not None and not 0 < group.layer_decay <= 1:
+                key = f"stages.{name}.groups.{pattern}.layer_decay"
+                raise UserError(f"{key}: expected a number above 0 and at most 1, got {group.layer_decay}")
+    _validate_optimizer(config.train)
     if not config.train.run_dir:
         raise UserError("train.run_dir: expected a folder, got an empty string")
     for name, stage in config.stage_list():
@@ -378,3 +415,28 @@ def _validate_data(data: DataConfig) -> None:
     without = [name for name, source in data.mixture.items() if source.weight is None]
     if 0 < len(without) < len(data.mixture):
         raise UserError(f"data.mixture.{without[0]}.weight: expected a weight for every source or for none, got none here")
+
+
+def _validate_optimizer(train: TrainConfig) -> None:
+    if len(train.betas) != 2 or not all(0 <= beta < 1 for beta in train.betas):
+        raise UserError(f"train.betas: expected two numbers from 0 to below 1, got {train.betas}")
+    for key in ("momentum", "ema_decay"):
+        if not 0 <= getattr(train, key) < 1:
+            raise UserError(f"train.{key}: expected a number from 0 to below 1, got {getattr(train, key)}")
+    for key in ("layer_decay", "decay_factor"):
+        if getattr(train, key) > 1:
+            raise UserError(f"train.{key}: expected a number above 0 and at most 1, got {getattr(train, key)}")
+    for key in ("min_lr", "warmup_lr"):
+        if not 0 <= (getattr(train, key) or 0.0) <= train.lr:
+            raise UserError(f"train.{key}: expected a number from 0 to train.lr={train.lr}, got {getattr(train, key)}")
+    if not all(0 < share < 1 for share in train.decay_at) or sorted(set(train.decay_at)) != train.decay_at:
+        raise UserError(f"train.decay_at: expected growing shares of the stage between 0 and 1, got {train.decay_at}")
+    # A key of another schedule would be ignored without a word.
+    defaults = TrainConfig()
+    for key, schedule in (("power", "polynomial"), ("cycle_steps", "cosine"), ("decay_at", "steps"), ("decay_every", "steps")):
+        if getattr(train, key) != getattr(defaults, key) and train.schedule != schedule:
+            raise UserError(f"train.{key} belongs to train.schedule={schedule}, got train.schedule={train.schedule}")
+    if train.schedule == "steps" and not train.decay_at and not train.decay_every:
+        raise UserError("train.schedule=steps: expected train.decay_at or train.decay_every, got neither")
+    if train.optimizer_backend == "apex" and train.optimizer not in ("adamw", "lamb"):
+        raise UserError(f"train.optimizer_backend=apex: apex has adamw and lamb, got train.optimizer={train.optimizer}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,20 @@ class Saver:
         """Whether wait() would raise at once."""
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        more: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """See checkpoint.save. Once it returns, what is written no longer depends on model, optimizer and state."""
         self.wait()
         if self._pool is None:
-            checkpoint.save(self.folder, step, model, optimizer, state, self.keep, self._group)
+            checkpoint.save(self.folder, step, model, optimizer, state, self.keep, self._group, more)
             return
-        tensors, text = checkpoint.collect(model, optimizer), checkpoint.encode(step, state)
+        tensors, text = checkpoint.collect(model, optimizer, more), checkpoint.encode(step, state)
         self._copies = _copied(tensors, self._copies)
         arguments = (self.folder, step, tensors, text, self.keep, self._group, _FromCopies(self._copies))
         self._saving = self._pool.submit(checkpoint.write, *arguments)

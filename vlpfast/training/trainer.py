@@ -8,7 +8,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from vlpfast.training import checkpoint, feature_cache
 from vlpfast.training.config import RunConfig, Stage, to_dict
+from vlpfast.training.ema import WeightAverage
 from vlpfast.training.flops_count import Speed
 from vlpfast.training.metrics import Display, JsonLines, TensorBoard, WeightsAndBiases
 from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 from vlpfast.training.parallel import Spread, World
-from vlpfast.training.precision import use_bfloat16
+from vlpfast.training.precision import LossScale, autocast_dtype, working_weights
 from vlpfast.training.profiling import Profiler
 from vlpfast.training.rng import rng_state, seed_everything, set_rng_state
 from vlpfast.training.run_folder import full_disk_named
@@ -71,7 +72,8 @@ class Trainer:
     from a flag on the device, so a GPU is never waited for. Its numbers are read at once on a CPU, one step later on a GPU, and
     always before an evaluation or a checkpoint; files and parameters are the same either way, only the end after
     train.max_nonfinite comes one step later on a GPU. The exception is a model with after_step, which is called only after
-    steps that counted: there the flag is waited for.
+    steps that counted: there the flag is waited for. With train.precision=fp16 a gradient that is too large for its loss scale is
+    skipped likewise and halves the scale; it counts as not finite only where the loss is not, or the scale is down to 1.
 
     Two starts of the same run give the same bits on a CPU, and on a GPU with train.deterministic. Every rank of `world` makes
     a Trainer and the same calls; the first one writes the logs, and a signal to any of them stops all.
@@ -97,7 +99,9 @@ class Trainer:
         self.position = Position()
         self._offered = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._described = to_dict(config)["model"]
-        self._bf16 = use_bfloat16(config.train.precision, self.device)
+        self._dtype = autocast_dtype(config.train.precision, self.device)
+        self._scale = LossScale(config.train, self.device)
+        self._average: WeightAverage | None = None
         self._saved_step = 0
         self._received: list[signal.Signals] = []  # by this rank
         if config.train.deterministic:
@@ -163,7 +167,8 @@ class Trainer:
                 if not self._run_stage(index, *stages[index], state if index == first else None, newest):
                     return False
             self._saver.wait()
-            checkpoint.export(self.model, self.run_dir / "model.safetensors")
+            with self._evaluated_weights():
+                checkpoint.export(self.model, self.run_dir / "model.safetensors")
             self._evaluate()
             return True
         finally:
@@ -173,7 +178,7 @@ class Trainer:
 
     def _say_start(self, newest: Path | None) -> None:
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        precision = "bf16" if self._bf16 else "fp32"
+        precision = str(self._dtype or torch.float32).removeprefix("torch.")
         ranks = f", {self.world.size} ranks ({self.config.train.strategy})" if self.world.size > 1 else ""
         say, left = self._display.say, self._total - self.position.step
         say(f"{self.config.model.name}: {count:,} parameters, {precision} on {self.device}{ranks}, run folder {self.run_dir}")
@@ -192,12 +197,16 @@ class Trainer:
             if stage.init_from:
                 source = checkpoint.load_weights(stage.init_from, self.model)
                 self._display.say(f"stage {name}: weights from {source}")
-        self._spread.begin_stage()
-        if self.world.size > 1 and train.strategy == "ddp":
-            self._last_gradient = LastGradient(self.model, self.device)
+        self._weights = working_weights(self.model, train.precision)
+        with self._weights:
+            self._spread.begin_stage()
+            if self.world.size > 1 and train.strategy == "ddp":
+                self._last_gradient = LastGradient(self.model, self.device)
         self._optimizer = build_optimizer(self.model, train, name, stage)
+        self._average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         if state is not None:
-            checkpoint.load(saved, self.model, self._optimizer)
+            checkpoint.load(saved, self.model, self._optimizer, self._average_tensors())
+            self._scale.load_state_dict(state.get("loss_scale", {}))
         if position.stage_step >= steps:
             return True
         loader = self.loader_for_stage(name, stage)
@@ -288,26 +297,32 @@ class Trainer:
         if isinstance(model, BeforeStep):
             model.before_step(progress.step)
         divided = 0 < train.micro_batch < self._samples
-        with self._speed.counting():
+        with self._weights, self._speed.counting():
             if divided:
                 total = partial(weighted_sum, weights=stage.losses, name=name)
-                loss, losses = feature_cache.backward(spread, batch, train.micro_batch, total, self._autocast)
+                loss, losses = feature_cache.backward(
+                    spread, batch, train.micro_batch, lambda made: self._scale.scaled(total(made)), self._autocast
+                )
+                loss = loss / self._scale.scale
                 marks.passed("forward and backward")  # they alternate
             else:
                 with self._autocast():
                     losses = spread("__call__", batch, progress)
                     loss = weighted_sum(losses, stage.losses, name)
                 marks.passed("forward")
-                loss.backward()
+                self._scale.scaled(loss).backward()
                 marks.passed("backward")
                 marks.waited(self._last_gradient)
         spread.finish(averaged=not divided)
         if self.world.size > 1:
             marks.passed("communication")
-        norm = gradient_norm(model, train.clip_grad_norm)
+        self._scale.unscale_(model)
+        norm = gradient_norm(model, train.clip_grad_norm, train.clip_grad_value)
         numbers = {"loss": loss, "grad_norm": norm, **{f"losses.{key}": value for key, value in losses.items()}}
         if isinstance(getattr(model, "logit_scale", None), Tensor):
             numbers["logit_scale"] = model.logit_scale.exp()
+        if self._scale.enabled:
+            numbers["loss_scale"] = self._scale.scale
         numbers["stop"] = loss.new_full((), float(bool(self._received) or self._saver.failed))
         marks.passed("optimizer")
         values = self.world.mean(torch.stack([value.detach().float() for value in numbers.values()]))
@@ -315,8 +330,11 @@ class Trainer:
             marks.passed("communication")
         on_host = torch.empty(values.shape, pin_memory=self.device.type == "cuda").copy_(values, non_blocking=True)
         finite = torch.isfinite(values[:2]).all()
-        optimizer.found_inf = (~finite).float()  # torch's fused optimisers leave everything as it is where this is 1
+        optimizer.found_inf = found_inf = (~finite).float()  # every optimiser here leaves all as it is where this is 1
         optimizer.step()
+        self._scale.update(found_inf)
+        if self._average is not None:
+            self._average.update(progress.step, found_inf)
         optimizer.zero_grad(set_to_none=True)
         if isinstance(model, AfterStep) and finite:
             model.after_step()
@@ -325,7 +343,7 @@ class Trainer:
         return _Taken(record, list(numbers), on_host, marks, batch)
 
     def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
+        return torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype is not None)
 
     def _write_taken(self, leave: int) -> None:
         """Writes the steps taken but for the newest `leave`, whose numbers may not have arrived."""
@@ -333,7 +351,9 @@ class Trainer:
             taken = self._taken.popleft()
             values = dict(zip(taken.names, taken.values.tolist(), strict=True))
             self._stopped |= values.pop("stop") > 0
-            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+            # A gradient too large for fp16 halves the loss's scale: that is how it is found. At 1 it is the gradient's own fault.
+            rescaled = values.get("loss_scale", 1.0) > 1.0
+            finite = math.isfinite(values["loss"]) and (math.isfinite(values["grad_norm"]) or rescaled)
             self.position.nonfinite += not finite
             losses = {key.removeprefix("losses."): values.pop(key) for key in taken.names if key.startswith("losses.")}
             record = {**taken.record, **values, "losses": losses, "nonfinite_steps": self.position.nonfinite}
@@ -368,13 +388,19 @@ class Trainer:
             return
         state = rng_state()
         self.model.eval()
-        with self._spread.gathered():
+        with self._evaluated_weights(), self._spread.gathered():
             metrics = self.on_evaluate(self.position.step)
         self.model.train()
         set_rng_state(state)
         self._evaluations.write({"step": self.position.step, **metrics})
         self._board.write(self.position.step, metrics, "evaluation")
         self._wandb.write(self.position.step, metrics, "evaluation")
+
+    def _evaluated_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._average is None else self._average.applied()
+
+    def _average_tensors(self) -> dict[str, Tensor]:
+        return {} if self._average is None else self._average.tensors()
 
     def _save(self, loader: Loader) -> None:
         self._write_taken(0)
@@ -385,9 +411,10 @@ class Trainer:
         state = {
             "position": asdict(self.position),
             "model": self._described,
+            "loss_scale": self._scale.state_dict(),
             "processes": on_all(lambda: {"rng": rng_state(), "loader": loader.state_dict()}),
         }
-        self._saver.save(self.position.step, self.model, self._optimizer, state)
+        self._saver.save(self.position.step, self.model, self._optimizer, state, self._average_tensors())
         self._saved_step = self.position.step
 
 
