@@ -18,7 +18,7 @@ from vlpfast.training.config import RunConfig, Stage
 from vlpfast.training.estimate import as_text, memory, memory_table, parameter_table
 from vlpfast.training.flops_count import Speed, prefixed
 from vlpfast.training.parallel import Spread, World
-from vlpfast.training.precision import choose_device, use_bfloat16
+from vlpfast.training.precision import autocast_dtype, choose_device
 from vlpfast.types import Batch, Progress, UserError
 
 LOADED = 64  # samples of the first batch that are read at most; a larger one is counted by its shapes
@@ -36,8 +36,7 @@ def dry_run(config: RunConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="vlpfast-dry-run-") as folder:
         tokenizer = assemble.build_tokenizer(config, sources, Path(folder))
     model = assemble.build_model(config)
-    half = torch.bfloat16 if use_bfloat16(config.train.precision, world.device) else None
-    speed = Speed(model, world.device, half)
+    speed = Speed(model, world.device, autocast_dtype(config.train.precision, world.device))
     for number, (name, stage) in enumerate(config.stage_list()):
         with _first_batch(config, sources, tokenizer, world, name, stage) as batch:
             if number == 0:

@@ -59,12 +59,14 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     # Here, because torch takes a second to load: --help should not wait for it.
+    import torch
+
     from vlpfast.cli import assemble
     from vlpfast.evaluation.report import write_report
     from vlpfast.training import run_folder
     from vlpfast.training.config import to_yaml
     from vlpfast.training.parallel import joined
-    from vlpfast.training.precision import has_fast_bfloat16, use_bfloat16
+    from vlpfast.training.precision import autocast_dtype, is_fast
     from vlpfast.training.profiling import WARM_UP, Profiler
     from vlpfast.training.trainer import EXIT_PREEMPTED, Trainer
 
@@ -96,8 +98,8 @@ def main(argv: list[str]) -> int:
         profiler = None
         if arguments.profile and world.is_first:
             about = {
-                "bf16": use_bfloat16(config.train.precision, world.device),
-                "bf16_is_fast": has_fast_bfloat16(world.device),
+                "bf16": autocast_dtype(config.train.precision, world.device) == torch.bfloat16,
+                "bf16_is_fast": is_fast(torch.bfloat16, world.device),
                 "loader": config.data.loader,
             }
             profiler = Profiler(run_dir, arguments.profile, world.device, config.train.batch_size, about)

@@ -113,7 +113,7 @@ class Trainer:
                 "contrast), so its batch cannot be divided; use 0"
             )
         self._samples = world.share(config.train.batch_size)
-        self._speed = Speed(model, self.device, torch.bfloat16 if self._bf16 else None)
+        self._speed = Speed(model, self.device, self._dtype)
         self._last_gradient: LastGradient | None = None
         self._spread = Spread(model, config.train, world)
 
