@@ -6,15 +6,12 @@ date, free text, private tag, and no UID but as a hash (series_key), by which re
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import importlib
 import io
-import itertools
 import json
 import math
 import os
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -94,8 +91,8 @@ def dicom_series(folder: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Every series of the DICOM files in a folder, not in the folders within -> series_key, members.
 
     Series of slices become one `vol`, brought to the axes that are closest to RAS; pictures without a place in space (X-rays)
-    one 16-bit `png` each, as their window shows them. `json` holds "volume" or "xray", and "dicom": what KEPT lists. Files that
-    are not DICOM, and objects without pixels, are passed over.
+    one 16-bit `png` each: their linear window, if they have one, else from the darkest to the brightest pixel. `json` holds
+    "volume" or "xray", and "dicom": what KEPT lists. Files that are not DICOM, and objects without pixels, are passed over.
 
     Raises UserError if pydicom or a decoder of a compressed transfer syntax is missing; DamagedSample, after all that is whole,
     that names each series which is not: missing or doubled slices, unequal gaps, different orientations, a tilted gantry, ...
@@ -291,8 +288,8 @@ def stack_order(slices: list[_Slice]) -> tuple[list[_Slice], np.ndarray]:
     return ordered, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # LPS -> RAS
 
 
-def _pixels(pydicom: Any, path: str) -> np.ndarray:
-    """-> [frames, H, W] as stored; MONOCHROME1 turned so that more is brighter, as in MONOCHROME2."""
+def _pixels(pydicom: Any, path: str, *, turn: bool = True) -> np.ndarray:
+    """-> [frames, H, W] as stored; turn: MONOCHROME1 so that more is brighter, as in MONOCHROME2."""
     dataset = pydicom.dcmread(path)
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     if syntax is None:
@@ -304,9 +301,14 @@ def _pixels(pydicom: Any, path: str) -> np.ndarray:
     kind = str(dataset.get("PhotometricInterpretation", ""))
     if int(dataset.get("SamplesPerPixel", 1)) != 1 or kind not in ("MONOCHROME1", "MONOCHROME2"):
         raise DamagedSample(f"colours ({kind}), expected grey levels")
-    pixels = np.asarray(dataset.pixel_array)
+    try:
+        pixels = np.asarray(dataset.pixel_array)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever they run into
+        raise DamagedSample(f"its pixels cannot be decoded: {error}") from error
     pixels = pixels if _frames(dataset) > 1 else pixels[None]
-    if kind == "MONOCHROME1":
+    if kind == "MONOCHROME1" and turn:
         bits = int(dataset.BitsStored)
         pixels = (-1 if int(dataset.PixelRepresentation) else (1 << bits) - 1) - pixels.astype(np.int64)
     return pixels
@@ -338,16 +340,19 @@ def _kept(header: Any) -> dict[str, Any]:
 def _xray(pydicom: Any, path: str, header: Any) -> dict[str, bytes]:
     if _frames(header) > 1:
         raise DamagedSample(f"{_frames(header)} frames without positions: a film, not a volume")
-    shown = _pixels(pydicom, path)[0].astype(np.float64)
     dataset = pydicom.dcmread(path, stop_before_pixels=True)
-    centre, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
-    levels = shown * float(dataset.get("RescaleSlope", 1) or 1) + float(dataset.get("RescaleIntercept", 0) or 0)
+    slope, intercept = float(dataset.get("RescaleSlope", 1)), float(dataset.get("RescaleIntercept", 0))
+    levels = _pixels(pydicom, path, turn=False)[0] * slope + intercept
     low, high = levels.min(), levels.max()
-    if centre is not None and width is not None and str(dataset.PhotometricInterpretation) == "MONOCHROME2":
+    centre, width = dataset.get("WindowCenter"), dataset.get("WindowWidth")
+    if centre is not None and width is not None and dataset.get("VOILUTFunction", "LINEAR") == "LINEAR":
         centre, width = (float(value[0] if type(value).__name__ == "MultiValue" else value) for value in (centre, width))
-        if width > 1:  # PS3.3 C.11.2.1.2.1, the linear function
-            low, high = centre - 0.5 - (width - 1) / 2, centre - 0.5 + (width - 1) / 2
-    grey = np.rint(65535 * ((levels - low) / max(high - low, 1e-9)).clip(0, 1)).astype(np.uint16)
+        if width > 1:  # PS3.3 C.11.2.1.2.1
+            low, high = centre - width / 2, centre + width / 2 - 1
+    shown = ((levels - low) / max(high - low, 1e-9)).clip(0, 1)
+    if dataset.PhotometricInterpretation == "MONOCHROME1":
+        shown = 1 - shown
+    grey = np.rint(65535 * shown).astype(np.uint16)
     stream = io.BytesIO()
     Image.fromarray(grey).save(stream, "PNG")
     spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing")
@@ -412,10 +417,8 @@ def _read_nifti(nibabel: Any, path: str) -> tuple[np.ndarray, np.ndarray, float,
         stored = np.asarray(image.dataobj.get_unscaled()).reshape(shape)
     except (DamagedSample, MemoryError):
         raise
-    except (OSError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # nibabel raises whatever its parsing runs into
         raise DamagedSample(_said(error)) from error
-    except nibabel.filebasedimages.ImageFileError as error:
-        raise DamagedSample("not a NIfTI file") from error
     if slope <= 0:
         stored, slope, intercept = stored * np.float64(slope) + intercept, 1.0, 0.0
     return stored, affine, slope, intercept

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -146,7 +147,7 @@ class VolumeModality:
         """-> [C, D, H, W], or [D, C, H, W] of slices, float32 on the device"""
         stored = cut.voxels.astype(np.int32) if cut.voxels.dtype == np.uint16 else cut.voxels  # torch computes with none
         x = resample(torch.from_numpy(stored).to(self._device), cut.axes) * cut.info.slope + cut.info.intercept
-        outside = torch.from_numpy(~np.logical_and.reduce(np.ix_(*(axis.inside for axis in cut.axes)))).to(self._device)
+        outside = torch.from_numpy(~_inside(cut.axes)).to(self._device)
         ranges = limits(self._spec, cut.info)
         channels = [((x - low) / (high - low)).clamp_(0, 1).masked_fill_(outside, 0.0) for low, high in ranges]
         if main and self._spec.slices:
@@ -274,8 +275,13 @@ def _labels(content: np.ndarray, info: VolumeInfo, view: View) -> np.ndarray:
     axes = [plan_axis(np.floor(at + 0.5), length, 1) for at, length in along]
     read = read_labels(content, info, *(axis.taken for axis in axes)).astype(np.int64)
     found = read[np.ix_(*(axis.at.astype(np.int64) for axis in axes))]
-    inside = [plan_axis(at, length, 1).inside for at, length in along]
-    return np.where(np.logical_and.reduce(np.ix_(*inside)), found, _IGNORED)
+    return np.where(_inside([plan_axis(at, length, 1) for at, length in along]), found, _IGNORED)
+
+
+def _inside(axes: Sequence[_Axis]) -> np.ndarray:
+    """bool [D, H, W]"""
+    d, h, w = (axis.inside for axis in axes)
+    return d[:, None, None] & h[:, None] & w
 
 
 def _check(spec: VolumeSpec) -> None:
