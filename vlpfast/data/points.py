@@ -254,12 +254,13 @@ def mesh(path: str, points: int = 8192) -> dict[str, bytes]:
     try:
         with open(path, "rb") as file:
             kind = os.path.splitext(path)[1][1:].lower()
-            scene = trimesh.load_scene(
-                file, file_type=kind, resolver=trimesh.resolvers.FilePathResolver(path), allow_remote=False
-            )
+            beside = trimesh.resolvers.FilePathResolver(path)
+            scene = trimesh.load_scene(file, file_type=kind, resolver=beside, allow_remote=False, process=False)
         found = _sampled(trimesh, scene, points)
     except (DamagedSample, MemoryError):
         raise
+    except ImportError as error:  # trimesh imports what a format needs when it needs it
+        raise UserError(f"meshes like {os.path.basename(path)} need {error.name}: pip install {error.name} ({error})") from error
     except Exception as error:  # trimesh raises whatever its parsing runs into
         raise DamagedSample(f"the mesh cannot be read: {error or type(error).__name__}") from error
     stream = io.BytesIO()
@@ -275,48 +276,67 @@ def mesh(path: str, points: int = 8192) -> dict[str, bytes]:
 
 def _sampled(trimesh: Any, scene: Any, count: int) -> np.ndarray:
     """-> float32 [count, 3 or 6]"""
-    parts = scene.dump()
-    solid = [part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)]
-    for part in parts:
-        if isinstance(part, (trimesh.Trimesh, trimesh.PointCloud)) and not np.isfinite(part.vertices).all():
-            raise DamagedSample("the mesh has vertices that are no finite numbers")
+    parts = []  # geometry, and its vertices where they stand in the scene
+    for node in scene.graph.nodes_geometry:
+        transform, name = scene.graph[node]
+        part = scene.geometry[name]
+        if isinstance(part, (trimesh.Trimesh, trimesh.PointCloud)):
+            vertices = trimesh.transformations.transform_points(part.vertices, transform)
+            if not np.isfinite(vertices).all():
+                raise DamagedSample("the mesh has vertices that are no finite numbers")
+            parts.append((part, vertices))
+    solid = [(part, vertices) for part, vertices in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)]
     if not solid:
-        clouds = [part for part in parts if isinstance(part, trimesh.PointCloud) and len(part.vertices)]
+        clouds = [part for part, vertices in parts if isinstance(part, trimesh.PointCloud) and len(vertices)]
         if not clouds:
             raise DamagedSample("the mesh has neither faces nor points")
-        xyz = np.concatenate([cloud.vertices for cloud in clouds])
+        xyz = np.concatenate([vertices for part, vertices in parts if any(part is cloud for cloud in clouds)])
         kept = np.arange(len(xyz))
         if len(xyz) > count:
             kept = np.sort(np.random.Generator(np.random.PCG64(_SEED)).choice(len(xyz), count, replace=False))
         coloured = all(cloud.colors is not None and len(cloud.colors) == len(cloud.vertices) for cloud in clouds)
         rgb = np.concatenate([cloud.colors[:, :3] / 255 for cloud in clouds])[kept] if coloured else None
         return _joined(xyz[kept], rgb)
-    areas = np.concatenate([part.area_faces for part in solid])
-    if not areas.sum() > 0:
+    whole = trimesh.util.concatenate([trimesh.Trimesh(vertices, part.faces, process=False) for part, vertices in solid])
+    if not whole.area > 0:
         raise DamagedSample("the mesh has no area")
-    whole = trimesh.util.concatenate([trimesh.Trimesh(part.vertices, part.faces, process=False) for part in solid])
     xyz, faces = trimesh.sample.sample_surface(whole, count, seed=_SEED)
-    colours = [_corner_colours(part) for part in solid]  # each [F, 3, 3] or None
-    if any(colour is None for colour in colours):
-        return _joined(xyz, None)
     weights = trimesh.triangles.points_to_barycentric(whole.triangles[faces], xyz, method="cross")  # [count, 3]
-    return _joined(xyz, (np.concatenate(colours)[faces] * weights[:, :, None]).sum(1).clip(0, 1))
+    rgb, first = np.zeros((count, 3)), 0
+    for part, _ in solid:
+        here = (faces >= first) & (faces < first + len(part.faces))
+        colours = _colours(trimesh, part, faces[here] - first, weights[here])
+        if colours is None:  # a mesh whose parts do not all have colours has none
+            return _joined(xyz, None)
+        rgb[here] = colours[:, :3] / 255
+        first += len(part.faces)
+    return _joined(xyz, rgb.clip(0, 1))
 
 
-def _corner_colours(part: Any) -> np.ndarray | None:
-    """float64 [F, 3 corners, 3 colours] in 0 .. 1"""
-    visual = part.visual
-    if visual.kind == "texture":
-        if visual.uv is None or getattr(visual.material, "main_color", None) is None:
-            return None
-        visual = visual.to_color()
-        if visual.kind is None:
-            return None
-    if visual.kind == "vertex":
-        return visual.vertex_colors[part.faces][..., :3] / 255
-    if visual.kind == "face":
-        return np.repeat(visual.face_colors[:, None, :3] / 255, 3, axis=1)
-    return None
+def _colours(trimesh: Any, part: Any, faces: np.ndarray, weights: np.ndarray) -> np.ndarray | None:
+    """Of points on these faces, weights [N, 3] of the corners -> [N, 3 or 4] in 0 .. 255"""
+    corners = part.faces[faces]  # [N, 3]
+    if part.visual.kind == "vertex":
+        return (part.visual.vertex_colors[corners] * weights[:, :, None]).sum(1)
+    if part.visual.kind == "face":
+        return part.visual.face_colors[faces]
+    if part.visual.kind != "texture":
+        return None
+    material = part.visual.material
+    simple = isinstance(material, trimesh.visual.material.SimpleMaterial)
+    picture = material.image if simple else getattr(material, "baseColorTexture", None)
+    if not simple and not isinstance(material, trimesh.visual.material.PBRMaterial):
+        return None
+    if simple and not material.kwargs and (picture is None or picture.size == (2, 2)):
+        return None  # trimesh makes a grey material up where the file has none
+    factor = None if simple or material.baseColorFactor is None else np.asarray(material.baseColorFactor, np.float64)
+    if picture is not None and part.visual.uv is not None:
+        uv = (part.visual.uv[corners] * weights[:, :, None]).sum(1)
+        colours = trimesh.visual.color.uv_to_color(uv, picture).astype(np.float64)
+        return colours if factor is None else colours * factor / 255
+    if simple:
+        return np.tile(material.main_color, (len(faces), 1))
+    return None if factor is None else np.tile(factor, (len(faces), 1))
 
 
 def _joined(xyz: np.ndarray, rgb: np.ndarray | None) -> np.ndarray:
