@@ -319,6 +319,9 @@ def test_foreground_orientation_labels():
     turned = views(spec, [content], draws())
     assert torch.equal(turned["volume"], found["volume"].flip(3, 4)) and turned["volume_box"][0, 6:].tolist() == [0, 1, 1]
     assert torch.equal(turned["volume_labels"], found["volume_labels"].flip(2, 3))
+    spec.flips = [1.0, 1.0, 0.0]
+    both = views(spec, [content], draws())
+    assert torch.equal(both["volume"], found["volume"].flip(2, 4)) and both["volume_box"][0, 6:].tolist() == [1, 0, 1]
     padded = views(VolumeSpec([10, 9, 10], labels=True), [content], draws(train=False))["volume_labels"][0]
     assert (padded[[0, 9]] == -100).all() and np.array_equal(padded[1:9], labels)
     half = views(VolumeSpec([4, 3, 5], "resize", labels=True, scale=[1.0, 1.0]), [content], draws(train=False))["volume_labels"][
