@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -22,6 +23,7 @@ from pydicom.sequence import Sequence  # noqa: E402
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid  # noqa: E402
 
 SECRETS = ("DOE^JANE", "ID-4711", "19610203", "St. Elsewhere", "Dr. House", "call Jane Doe", "PRIVATE-JANE")
+FUZZ = int(os.environ.get("VLPFAST_FUZZ", "60"))  # bytes that are changed
 AXIAL = [1, 0, 0, 0, 1, 0]  # columns to the patient's left, rows to the back
 
 
@@ -356,6 +358,28 @@ def test_stack_order_takes_steps_along_the_normal():
     assert [s.frame for s in ordered] == [0, 1, 2, 3] and np.allclose(np.diag(affine), [-1, -1, 1.5, 1])
 
 
+def test_changed_bytes_damage_one_series_at_most(tmp_path):
+    """Whatever is wrong with a file, what comes out is whole, and what does not is named."""
+    (tmp_path / "a").mkdir()
+    write_series(tmp_path / "a", stack((3, 3, 2)), ["0", "1", "2"])
+    write_series(tmp_path / "a", stack((3, 3, 2), 1), ["3", "4", "5"], series="1.2.4")
+    ((_, whole), (other, _)) = dicom_series(str(tmp_path / "a"))
+    content = (tmp_path / "a" / "4").read_bytes()
+    generator = np.random.default_rng(0)
+    for place in generator.choice(len(content) - 128, min(len(content) - 128, FUZZ), replace=False) + 128:
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(generator.integers(8))
+        (tmp_path / "a" / "4").write_bytes(changed)
+        found, message = {}, ""
+        try:
+            for key, members in dicom_series(str(tmp_path / "a")):
+                found[key] = members
+        except (DamagedSample, UserError) as error:
+            message = str(error)
+        assert found.get(series_key("1.2.3")) == whole or "needs a decoder" in message
+        assert other in found or message
+
+
 # --- NIfTI -------------------------------------------------------------------------------------------------------------------
 
 
@@ -476,6 +500,23 @@ def test_bad_nifti(tmp_path):
     halves = save_nifti(tmp_path / "halves.nii", np.full((9, 9, 9), 0.5, np.float32))
     with pytest.raises(DamagedSample, match="something else than whole numbers"):
         nifti(str(tmp_path / "whole.nii.gz"), labels=halves)
+
+
+@pytest.mark.parametrize("name", ["v.nii", "v.nii.gz"])
+def test_changed_bytes_of_nifti(tmp_path, name):
+    path = save_nifti(tmp_path / name, np.arange(24, dtype=np.int16).reshape(2, 3, 4))
+    content = (tmp_path / name).read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for place in generator.choice(len(content), min(len(content), FUZZ), replace=False):
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(generator.integers(8))
+        (tmp_path / name).write_bytes(changed)
+        try:
+            nifti(path)
+        except DamagedSample:
+            refused += 1
+    assert refused
 
 
 def test_from_dicom_to_batches(tmp_path):

@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ def views(spec, contents, index=None, train=True, seed=3, epoch=1, threads=2):
         modality.close()
 
 
+FUZZ = int(os.environ.get("VLPFAST_FUZZ", "40"))  # bytes that are changed
 PLAIN = {"normalize": "none"}
 
 
@@ -389,3 +391,20 @@ def test_bad_meshes(tmp_path, monkeypatch):
     monkeypatch.setitem(points_module.importlib.sys.modules, "trimesh", None)
     with pytest.raises(UserError, match=r"meshes need trimesh: pip install vlpfast\[points\]"):
         mesh(str(tmp_path / "box.glb"))
+
+
+@pytest.mark.parametrize("kind", ["ply", "glb", "obj", "stl", "off"])
+def test_changed_bytes_of_meshes(tmp_path, kind):
+    path = tmp_path / f"b.{kind}"
+    trimesh.creation.box().export(path)
+    content = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for place in generator.choice(len(content), min(len(content), FUZZ), replace=False):
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(changed)
+        try:
+            points, _ = sampled(path, 20)
+            assert np.isfinite(points).all()
+        except DamagedSample:
+            pass

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import struct
 import zlib
 
@@ -17,6 +18,7 @@ from vlpfast.data.volumes import VolumeModality, plan_axis, plan_views
 from vlpfast.types import DataSpec, UserError, VolumeSpec
 
 SPACING = (2.5, 0.8, 0.7)  # D, H, W mm
+FUZZ = int(os.environ.get("VLPFAST_FUZZ", "150"))  # bytes that are changed
 RAW = [[0.5, 1.0]]  # a window in which 0 .. 1 stays as it is
 
 
@@ -127,10 +129,14 @@ def test_encode_refuses():
 def rewritten(content, **changes):
     """The member with another header."""
     info = read_header(bytes_of(content))
-    header = json.loads(content[12 : info.begin])
+    header = json.loads(content[16 : info.begin])
     header.update(changes)
     text = json.dumps({name: value for name, value in header.items() if value is not None}).encode()
-    return MAGIC + struct.pack("<I", len(text)) + text + content[info.begin :]
+    return with_header(text) + content[info.begin :]
+
+
+def with_header(text):
+    return MAGIC + struct.pack("<II", len(text), zlib.crc32(text)) + text
 
 
 DAMAGES = {
@@ -139,8 +145,9 @@ DAMAGES = {
     "header cut": (lambda c: c[:40], "cut short"),
     "cut": (lambda c: c[:-1], "bytes, its header says"),
     "more": (lambda c: c + b"x", "bytes, its header says"),
-    "no json": (lambda c: c[:12] + b"x" + c[13:], "header is damaged: JSONDecodeError"),
-    "a list": (lambda c: MAGIC + struct.pack("<I", 2) + b"[]", "header is damaged: TypeError"),
+    "checksum": (lambda c: c[:20] + b"x" + c[21:], "header is damaged: its checksum"),
+    "no json": (lambda c: with_header(b"{"), "header is damaged: JSONDecodeError"),
+    "a list": (lambda c: with_header(b"[]"), "header is damaged: TypeError"),
     "key": (lambda c: rewritten(c, slope=None), "header is damaged: KeyError: 'slope'"),
     "dtype": (lambda c: rewritten(c, dtype="object"), "dtype 'object'"),
     "shape": (lambda c: rewritten(c, shape=[9, 12]), "expected 3 numbers"),
@@ -189,6 +196,23 @@ def test_damaged_slices_and_missing_members():
     with pytest.raises(DamagedSample, match="no label map"):
         with_labels.inspect(bytes_of(content), {})
     with_labels.close()
+
+
+def test_any_byte_that_is_changed_is_found_out():
+    """Or says nothing: bits between two blocks of a compressed slice."""
+    _, content = volume((3, 6, 5), labels=np.ones((3, 6, 5), np.uint8))
+    spec = VolumeSpec([3, 6, 5], labels=True)
+    expected = views(spec, [content], draws())
+    generator = np.random.default_rng(0)
+    found_out = 0
+    for place in generator.choice(len(content), min(len(content), FUZZ), replace=False):
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(generator.integers(8))
+        try:
+            assert all(torch.equal(field, expected[name]) for name, field in views(spec, [bytes(changed)], draws()).items())
+        except (DamagedSample, DamagedBatch):
+            found_out += 1
+    assert found_out > 0.95 * min(len(content), FUZZ)
 
 
 # --- views ---------------------------------------------------------------------------------------------------------------

@@ -108,12 +108,12 @@ def dicom_series(folder: str) -> Iterator[tuple[str, dict[str, bytes]]]:
             problems.append(f"{entry.name}: leads out of the folder")
             continue
         try:
-            header = _header(pydicom, entry.path)
+            uid, header = _header(pydicom, entry.path)
         except DamagedSample as damage:
             problems.append(f"{entry.name}: {damage}")
             continue
         if header is not None:
-            files[str(header.get("SeriesInstanceUID", ""))].append((entry.path, header))
+            files[uid].append((entry.path, header))
     for uid, members in files.items():
         names = (
             f"{os.path.basename(members[0][0])} and {len(members) - 1} more" if members[1:] else os.path.basename(members[0][0])
@@ -133,8 +133,8 @@ def _require(name: str, what: str) -> Any:
         raise UserError(f"{what} needs {name}: pip install vlpfast[medical] ({error})") from error
 
 
-def _header(pydicom: Any, path: str) -> Any:
-    """The data set without its pixels; None if the file is not DICOM or holds no picture."""
+def _header(pydicom: Any, path: str) -> tuple[str, Any]:
+    """-> SeriesInstanceUID, the data set without its pixels; "", None if the file is not DICOM or holds no picture."""
     try:
         with open(path, "rb") as file:
             file.seek(128)
@@ -142,9 +142,9 @@ def _header(pydicom: Any, path: str) -> Any:
         if not is_dicom:
             if path.lower().endswith((".dcm", ".dicom")):
                 raise DamagedSample("not a DICOM file, whatever its name says")
-            return None
+            return "", None
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
-        return header if "Rows" in header and "Columns" in header else None
+        return str(header.get("SeriesInstanceUID", "")), header if "Rows" in header and "Columns" in header else None
     except (DamagedSample, MemoryError):
         raise
     except Exception as error:  # pydicom raises whatever its parsing runs into

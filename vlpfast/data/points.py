@@ -259,7 +259,9 @@ def mesh(path: str, points: int = 8192) -> dict[str, bytes]:
         found = _sampled(trimesh, scene, points)
     except (DamagedSample, MemoryError):
         raise
-    except ImportError as error:  # trimesh imports what a format needs when it needs it
+    except ImportError as error:  # trimesh imports what a format needs when it needs it ...
+        if isinstance(error.__context__, UnicodeDecodeError):  # ... here to guess how a damaged text is encoded
+            raise DamagedSample("the mesh cannot be read: it is not UTF-8") from error
         raise UserError(f"meshes like {os.path.basename(path)} need {error.name}: pip install {error.name} ({error})") from error
     except Exception as error:  # trimesh raises whatever its parsing runs into
         raise DamagedSample(f"the mesh cannot be read: {error or type(error).__name__}") from error

@@ -2,6 +2,7 @@
 
     8 bytes     VLPVOL1 and a line feed
     4 bytes     length of the header, unsigned, little-endian
+    4 bytes     zlib.crc32 of the header, unsigned, little-endian
     header      JSON, UTF-8, padded with spaces so that the slices begin at a multiple of 64 bytes
     slices      each by itself through zlib, first those of the voxels, then those of the label map if there is one
 
@@ -18,7 +19,7 @@ A slice is [H, W] of little-endian numbers, without gaps. The header:
     ends        where each slice ends, counted from the first one's begin; D numbers, or 2 D with labels
     labels      whether there is a label map
 
-Slices that are stored (zlib's level 0) unpack at the speed of memory; either way zlib's checksum tells damage.
+Slices that are stored (zlib's level 0) unpack at the speed of memory; either way zlib's checksums tell damage.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ MAX_VOXELS = 1 << 30
 PERCENTILES = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 _CT_BACKGROUND = -500.0  # HU; below lie air, lungs and clothes
 _ALIGNMENT = 64
+_HEAD = struct.Struct("<8sII")
 
 
 class VolumeInfo(NamedTuple):
@@ -102,8 +104,8 @@ def encode_volume(
         "ends": np.cumsum([len(plane) for plane in packed]).tolist(),
     }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(MAGIC) + 4 + len(text)) % _ALIGNMENT)
-    return b"".join([MAGIC, struct.pack("<I", len(text)), text, *packed])
+    text += b" " * (-(_HEAD.size + len(text)) % _ALIGNMENT)
+    return b"".join([_HEAD.pack(MAGIC, len(text), zlib.crc32(text)), text, *packed])
 
 
 def _foreground(
@@ -124,15 +126,18 @@ def _foreground(
 
 def read_header(content: np.ndarray) -> VolumeInfo:
     """content: uint8 bytes of the member. Raises DamagedSample."""
-    start = len(MAGIC) + 4
-    head = content[:start].tobytes()
-    if not head.startswith(MAGIC) or len(head) < start:
+    head = content[: _HEAD.size].tobytes()
+    if not head.startswith(MAGIC) or len(head) < _HEAD.size:
         raise DamagedSample("not a volume of vlpfast")
-    begin = start + struct.unpack("<I", head[-4:])[0]
+    _, length, checksum = _HEAD.unpack(head)
+    begin = _HEAD.size + length
     if begin > len(content):
         raise DamagedSample("the volume is cut short")
+    text = content[_HEAD.size : begin].tobytes()
+    if zlib.crc32(text) != checksum:
+        raise DamagedSample("the volume's header is damaged: its checksum is another")
     try:
-        header = json.loads(content[start:begin].tobytes())
+        header = json.loads(text)
         info = VolumeInfo(
             shape=_numbers(header["shape"], int, 3),
             dtype=header["dtype"],
