@@ -445,6 +445,11 @@ def test_nifti_holes(tmp_path):
         nifti(path)
     values, _ = numbers(nifti(path, fill=-7.0))
     assert values[3, 2, 1] == -7 and values[0, 0, 0] == -7 and (values == 1).sum() == 58
+    header = bytearray((tmp_path / "v.nii").read_bytes())
+    header[112:120] = np.array([2, 5], "<f4").tobytes()  # scl_slope, scl_inter
+    (tmp_path / "v.nii").write_bytes(header)
+    values, _ = numbers(nifti(path, fill=-7.0))
+    assert values[3, 2, 1] == -7 and (values == 7).sum() == 58
 
 
 def bad_nifti(tmp_path):

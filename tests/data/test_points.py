@@ -322,6 +322,20 @@ def test_scenes_are_put_together_where_they_stand(tmp_path):
 TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nvt 1 0\nvt 0 1\nf 1/1 2/2 3/3\n"
 
 
+def test_each_part_of_a_scene_has_its_own_colours(tmp_path):
+    scene = trimesh.Scene()
+    for place, size in enumerate((0.5, 1.0)):
+        box = trimesh.creation.box((size, 1, 1))
+        reds = np.rint((box.vertices[:, 2] + 0.5) * 255)
+        colours = np.column_stack([reds, np.full(len(reds), 255 * place), np.zeros(len(reds)), np.full(len(reds), 255)])
+        box.visual.vertex_colors = colours.astype(np.uint8)
+        scene.add_geometry(box, transform=trimesh.transformations.translation_matrix([10 * place, 0, 0]))
+    scene.export(tmp_path / "two.glb")
+    points, about = sampled(tmp_path / "two.glb", 400)
+    assert about["colors"] and np.allclose(points[:, 3], points[:, 2] + 0.5, atol=0.01)
+    assert np.array_equal(points[:, 4], points[:, 0] > 5)
+
+
 def test_materials_and_textures(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()

@@ -198,6 +198,14 @@ def test_damaged_slices_and_missing_members():
     with_labels.close()
 
 
+def test_a_slice_without_its_checksum_is_damaged():
+    _, content = volume((2, 3, 4))
+    info = read_header(bytes_of(content))
+    cut = rewritten(content, ends=[info.ends[0], info.ends[1] - 4])[:-4]
+    with pytest.raises(DamagedBatch, match="slice 1"):
+        views(VolumeSpec([2, 3, 4]), [cut], draws())
+
+
 def test_any_byte_that_is_changed_is_found_out():
     """Or says nothing: bits between two blocks of a compressed slice."""
     _, content = volume((3, 6, 5), labels=np.ones((3, 6, 5), np.uint8))
