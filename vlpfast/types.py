@@ -48,6 +48,15 @@ class Batch(TypedDict, total=False):
     boxes: Tensor  # [B, (V,) N, 4] float32 x0, y0, x1, y1 as fractions of the view, cut at its border, in the order of the JSON
     box_mask: Tensor  # [B, (V,) N] bool, True = enough of this box is in view
     masks: Tensor  # [B, (V,) N, S, S] bool, what is seen of each object
+    volume: Tensor  # [B, C, D, H, W] float32, windowed, normalised; [B, D, C, H, W] if the VolumeSpec asks for slices
+    volume_box: Tensor  # [B, 9] float32 d, h, w, depth, height, width as fractions of the stored volume, then 1 for each of the
+    #                     three axes that is flipped; on the CPU. It reaches beyond the volume where the view is padded
+    volume_slices: Tensor  # [B, D] int64 numbers of the stored slices that are shown, in their order; on the CPU; only of slices
+    volume_labels: Tensor  # [B, D, H, W] int64, -100 where the view is padded
+    volume_local: Tensor  # [B, V, C, d, h, w] the local views
+    volume_local_box: Tensor  # [B, V, 9] of the local views; on the CPU
+    points: Tensor  # [B, N, 3 (+ 3) (+ 1)] float32 x, y, z, then red, green, blue in 0 .. 1, then the height, as asked for
+    points_transform: Tensor  # [B, 3, 4] float32 stored x, y, z, 1 -> x, y, z before jitter
     key: list[str]  # [B] WebDataset keys
     meta: list[dict[str, Any]]  # [B] the sample's JSON; only when the loader was asked for it
 
@@ -222,6 +231,55 @@ class TextSpec:
 
 
 @dataclass
+class VolumeSpec:
+    """Volumes (the member `vol`, see data/volume_file.py): resampled, cut, windowed to channels in 0 .. 1, (x - mean) / std.
+
+    Axes D, H, W grow to the patient's head, front and right ("RAS", read backwards), or to the head, back and left ("LPS"), which
+    is how slices are displayed. What lies beyond the volume has the windows' floor. Without random choices in evaluation: the
+    middle, the whole scale, no flips. All lists of three are D, H, W.
+    """
+
+    size: list[int] = field(default_factory=lambda: [96, 96, 96])  # voxels of the view
+    fit: str = "crop"  # a part, at `spacing`; "resize": all of it, stretched
+    spacing: list[float] = field(default_factory=list)  # mm between the voxels of a part; empty: as stored
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # the view's extent times a number uniform between these
+    flips: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # probability for each axis
+    foreground: bool = False  # the views are taken of the box around what is not background
+    orientation: str = "RAS"  # or "LPS"
+    windows: list[list[float]] = field(default_factory=lambda: [[40.0, 400.0]])  # centre, width: a channel each
+    percentiles: list[list[float]] = field(default_factory=list)  # low, high of the volume's foreground, in place of windows
+    mean: list[float] = field(default_factory=lambda: [0.0])  # one, or one for each channel
+    std: list[float] = field(default_factory=lambda: [1.0])
+    antialias: bool = True  # averages blocks of voxels where the view is coarser than the volume
+    slices: bool = False  # size[0] slices as they are stored: the middle, in training a random one, of each of as many parts
+    neighbours: int = 0  # of slices: channels are also this many slices before and after; each window's stand together
+    labels: bool = False  # the label map beside the voxels, by nearest neighbours
+    local_views: int = 0  # parts drawn independently, at `spacing`: Batch["volume_local"], in training alone
+    local_size: list[int] = field(default_factory=lambda: [96, 96, 96])
+
+
+@dataclass
+class PointsSpec:
+    """Point clouds (.npy, see data/points.py): `count` points of each, normalised, then in training scaled, flipped, turned about
+    the up axis, shifted, jittered, dropped."""
+
+    count: int = 1024
+    sampling: str = "random"  # in evaluation evenly along the file; "farthest": farthest-point sampling
+    axes: list[str] = field(default_factory=lambda: ["x", "y", "z"])  # which stored axis becomes x, y, z; "-x": turned round
+    up: str = "z"  # after `axes`
+    normalize: str = "sphere"  # centred on the mean, the largest radius 1; "centre": centred alone; "none"
+    colors: bool = False
+    height: bool = False  # a channel: above the floor, the 0.99th percentile along `up` (Qi et al. 2019, VoteNet)
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])  # a factor uniform between these
+    flips: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # probability for each axis
+    rotation: float = 0.0  # degrees, uniform up to this to either side; 180: any
+    shift: float = 0.0  # along each axis, uniform up to this to either side
+    jitter: float = 0.0  # standard deviation of Gaussian noise ...
+    jitter_clip: float = 0.05  # ... cut off here
+    dropout: float = 0.0  # a share uniform up to this becomes copies of the first point (Qi et al. 2017, PointNet++)
+
+
+@dataclass
 class DataSpec:
     """Ties a model to its pipeline. A modality set to None is neither read nor yielded."""
 
@@ -229,6 +287,8 @@ class DataSpec:
     text: TextSpec | None = field(default_factory=TextSpec)
     video: VideoSpec | None = None
     audio: AudioSpec | None = None
+    volume: VolumeSpec | None = None
+    points: PointsSpec | None = None
 
 
 class Tokenizer(Protocol):
