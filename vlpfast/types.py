@@ -61,6 +61,13 @@ class Batch(TypedDict, total=False):
     meta: list[dict[str, Any]]  # [B] the sample's JSON; only when the loader was asked for it
 
 
+# Fields of a batch that stay on the CPU: what was shown of each sample, for drawing and looking up.
+ON_HOST = frozenset(
+    ("index", "source", "crop", "crop_local", "frame_times", "short_times", "video_crop", "audio_length")
+    + ("volume_box", "volume_local_box", "volume_slices")
+)
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where training stands: `step` of `steps`, counted within the stage, before the step is taken (0 .. steps - 1)."""

@@ -32,11 +32,10 @@ from vlpfast.training.saver import Saver
 from vlpfast.training.stages import select_trainable, set_mode, weighted_sum
 from vlpfast.training.timing import LastGradient, Marks, peak_memory
 from vlpfast.training.together import on_all
-from vlpfast.types import AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, SplitsContrastive, UserError
+from vlpfast.types import ON_HOST, AfterStep, Batch, BeforeStep, Loader, PreparesEpoch, Progress, SplitsContrastive, UserError
 
 EXIT_PREEMPTED = 75  # what a command ends with after SIGTERM or SIGUSR1, the position saved: start it again to go on
 _RANK_SEEDS = 1_000_003  # between the seeds of two ranks
-ON_HOST = ("index", "source", "crop")  # fields of a batch that stay on the CPU
 
 
 @dataclass
