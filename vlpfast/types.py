@@ -63,7 +63,19 @@ class Batch(TypedDict, total=False):
 
 # Fields of a batch that stay on the CPU: what was shown of each sample, for drawing and looking up.
 ON_HOST = frozenset(
-    "index source crop crop_local frame_times short_times video_crop audio_length volume_box volume_local_box volume_slices".split()
+    [
+        "index",
+        "source",
+        "crop",
+        "crop_local",
+        "frame_times",
+        "short_times",
+        "video_crop",
+        "audio_length",
+        "volume_box",
+        "volume_local_box",
+        "volume_slices",
+    ]
 )
 
 
