@@ -37,6 +37,9 @@ def _main(rank: int, world: int, folder: Path, backend: str, checks: Sequence[Ch
 
 def run(world: int, folder: Path, checks: Sequence[Check], backend: str = "gloo") -> None:
     """Fails with what the ranks have to say, also of a rank that dies. Functions of test modules, which each process imports."""
+    reports = [folder / f"rank{rank}" for rank in range(world)]
+    for old in [*reports, folder / "store"]:
+        old.unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")  # forks a clean process that has imported torch already
     context.set_forkserver_preload(["torch", "torch.distributed", "vlpfast.ops.flops", "vlpfast.ops.contrastive"])
     processes = [context.Process(target=_main, args=(rank, world, folder, backend, checks)) for rank in range(world)]
@@ -45,7 +48,6 @@ def run(world: int, folder: Path, checks: Sequence[Check], backend: str = "gloo"
     for process in processes:
         process.join(180)
         process.kill()
-    reports = [folder / f"rank{rank}" for rank in range(world)]
     texts = [report.read_text() if report.exists() else "ended without a report" for report in reports]
     if texts != ["done"] * world:
         pytest.fail("\n".join(texts), pytrace=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,8 @@ from ranks import run
 from torch import Tensor, nn
 from toy_run import ToyLoader
 
+from vlpfast.data import load_tokenizer, make_loader, train_tokenizer
+from vlpfast.data.shards import ShardWriter
 from vlpfast.ops.contrastive import sharded_clip_loss, sharded_sigmoid_loss
 from vlpfast.ops.maxsim import sharded_filip_loss
 from vlpfast.training import feature_cache
@@ -29,7 +32,7 @@ from vlpfast.training.precision import is_fast
 from vlpfast.training.rng import seed_everything
 from vlpfast.training.together import on_all
 from vlpfast.training.trainer import Trainer
-from vlpfast.types import Batch, PeerError, Progress, UserError
+from vlpfast.types import Batch, DataSpec, PeerError, Progress, TextSpec, UserError
 
 CONFIG = """\
 model: {name: pair}
@@ -316,3 +319,52 @@ def test_ranks_that_do_not_meet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             pass
     with pytest.raises(UserError, match="CUDA devices are here"), joined(config(tmp_path, "train.device=cuda").train):
         pass
+
+
+class Words(nn.Module):
+    """Learns the mean of its captions' ids; writes down which samples it was given."""
+
+    @dataclass
+    class Config:
+        log: str = ""
+
+    def __init__(self, config: Words.Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(300, 4)
+
+    def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        with open(f"{self.config.log}-{os.getpid()}", "a") as file:
+            file.write(f"{batch['index'].tolist()}\n")
+        return {"loss": self.embedding(batch["text"]).square().mean()}
+
+
+def one_part_of_an_epoch(rank: int, world: int, folder: Path, steps: int) -> None:
+    path = folder / f"words-{os.getpid()}.yaml"
+    path.write_text(CONFIG.replace("pair", "words"))
+    overrides = [
+        f"train.run_dir={folder / 'run'}",
+        f"train.steps={steps}",
+        "train.batch_size=12",
+        f"model.log={folder}/log",
+    ]
+    settings = load_config(path, overrides, lambda name: Words)
+    tokenizer, spec = load_tokenizer(folder / "tokenizer.json"), DataSpec(image=None, text=TextSpec(8))
+
+    def loader(name: str, stage: Any) -> Any:
+        return make_loader([str(folder)], spec, tokenizer, 12 // world, train=True, rank=rank, world_size=world)
+
+    assert Trainer(settings, Words(settings.model.config), loader, World(rank, world)).fit()
+
+
+def test_other_numbers_of_ranks_see_each_sample_once(tmp_path: Path) -> None:
+    """An epoch of 100 samples, three of them damaged, by 2 ranks, then 3, then one alone."""
+    with ShardWriter(tmp_path, "train", samples_per_shard=23) as writer:
+        for i in range(100):
+            writer.write(f"{i:03d}", {"txt": b"\xff" if i in (7, 40, 41) else f"caption {i}".encode()})
+    train_tokenizer([f"caption {i}" for i in range(100)], 300).save(str(tmp_path / "tokenizer.json"))
+    run(2, tmp_path, [partial(one_part_of_an_epoch, folder=tmp_path, steps=3)])
+    run(3, tmp_path, [partial(one_part_of_an_epoch, folder=tmp_path, steps=6)])
+    one_part_of_an_epoch(0, 1, tmp_path, 8)
+    seen = [i for log in tmp_path.glob("log*") for line in log.read_text().splitlines() for i in json.loads(line)]
+    assert len(seen) == 8 * 12 == len(set(seen)) and not {7, 40, 41} & set(seen)
