@@ -23,6 +23,21 @@ FUZZ = int(os.environ.get("VLPFAST_FUZZ", "12"))  # damaged copies of each file;
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def closed(monkeypatch):
+    """No modality leaves its threads behind."""
+    made, init = [], AudioModality.__init__
+
+    def noted(self, *arguments):
+        init(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(AudioModality, "__init__", noted)
+    yield
+    for one in made:
+        one.close()
+
+
 def modality(threads=1, **options):
     return AudioModality(AudioSpec(**{"sample_rate": 8000, "seconds": 0.5, "features": "waveform", **options}), threads, 4, CPU)
 

@@ -258,7 +258,8 @@ def test_the_forward_compiles_to_tensor_core_instructions_without_spills() -> No
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [k["chip"] for k in kernels] == ["sm_80", "sm_80", "sm_90", "sm_90"]
-    for k in kernels:
+    assert [k["chip"] for k in kernels] == ["sm_80"] * 3 + ["sm_90"] * 3
+    for place, k in enumerate(kernels):
         assert k["spills"] == 0 and k["registers"] <= 255
-        assert k["instructions"]["HMMA" if k["chip"] == "sm_80" else "HGMMA"] > 0
+        # The last of each chip, one query beside its own candidates, has too few rows for a warp group's product.
+        assert k["instructions"]["HGMMA" if k["chip"] == "sm_90" and place < 5 else "HMMA"] > 0
