@@ -573,3 +573,16 @@ def test_on_a_gpu(clean, device):
         assert torch.equal(batch["image"].cpu(), copy)
         assert (copy - other["image"]).abs().mean() < 2 * LEVEL
         assert torch.equal(batch["text"].cpu(), other["text"]) and torch.equal(batch["crop"], other["crop"])
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_batches_made_ahead_are_the_same(clean, ahead):
+    def indices(**options):
+        loader = make_loader(clean, SPEC, Characters(), 4, train=True, backend="plain", **options)
+        found = [batch["index"].tolist() for batch, _ in zip(loader, range(9), strict=False)]
+        loader.close()
+        return found
+
+    assert indices(ahead=ahead) == indices()
+    with pytest.raises(ValueError, match="ahead: expected at least 1, got 0"):
+        make_loader(clean, SPEC, Characters(), 4, train=True, ahead=0)

@@ -118,6 +118,7 @@ def open_loader(
         device=world.device,
         threads=data.threads,
         window=data.window,
+        ahead=data.ahead,
     )
 
 

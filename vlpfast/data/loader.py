@@ -27,7 +27,6 @@ from vlpfast.data.shards import ShardSet
 from vlpfast.types import Batch, DataSpec, Loader, Tokenizer, UserError
 
 _log = logging.getLogger(__name__)
-_IN_FLIGHT = 2  # batches given to the modalities and not yet received, and finished batches that wait for the caller
 _MODALITIES = {  # field of DataSpec -> who makes it, loaded when it is asked for
     "image": "vlpfast.data.images:ImageModality",
     "video": "vlpfast.data.video:VideoModality",
@@ -72,6 +71,7 @@ def make_loader(
     device: str | torch.device = "cpu",
     threads: int = 2,
     window: int = 16,
+    ahead: int = 2,
     with_meta: bool = False,
     weights: Mapping[str, float] | None = None,
     pure_batches: bool = False,
@@ -95,11 +95,13 @@ def make_loader(
     patterns: shards as ShardSet takes them, or those of each source by its name. weights: share of the samples by source, of any
     sum; None: in proportion to the sources' sizes. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or
     "auto", which is DALI where it is installed (pictures alone). device: where the batch lies, but for what Batch says lies on
-    the CPU ("cuda:1" also decodes there with DALI). window: shards that are shuffled together. with_meta: adds Batch["meta"],
-    the sample's json member ({} if it has none).
+    the CPU ("cuda:1" also decodes there with DALI). window: shards that are shuffled together. ahead: batches that wait for the
+    caller, and as many more, less one, that are being decoded: memory against stalls. with_meta: adds Batch["meta"], the
+    sample's json member ({} if it has none).
     """
-    if batch_size < 1 or threads < 1 or window < 1:
-        raise ValueError(f"expected batch_size, threads and window of at least 1, got {batch_size}, {threads}, {window}")
+    for name, value in (("batch_size", batch_size), ("threads", threads), ("window", window), ("ahead", ahead)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 .. world_size - 1 = {world_size - 1}, got {rank}")
     if all(getattr(spec, field.name) is None for field in fields(spec)):
@@ -154,7 +156,9 @@ def make_loader(
         "world_size": world_size,
         "rank": rank,
     }
-    return ShardLoader(shards, mixture, course, identity, spec, tokenizer, batch_size, modalities, train, seed, device, with_meta)
+    return ShardLoader(
+        shards, mixture, course, identity, spec, tokenizer, batch_size, modalities, train, seed, device, ahead, with_meta
+    )
 
 
 def _modalities(
@@ -208,6 +212,7 @@ class ShardLoader:
         train: bool,
         seed: int,
         device: torch.device,
+        ahead: int,
         with_meta: bool,
     ):
         self.batch_size = batch_size
@@ -215,7 +220,7 @@ class ShardLoader:
         self.skipped: dict[str, str] = {}  # shard.tar:key of each damaged sample met so far -> what was wrong
         self._shards, self._mixture, self._course, self._identity = shards, mixture, course, identity
         self._spec, self._tokenizer, self._makers = spec, tokenizer, modalities
-        self._train, self._seed, self._device, self._with_meta = train, seed, device, with_meta
+        self._train, self._seed, self._device, self._ahead, self._with_meta = train, seed, device, ahead, with_meta
         self._wants_json = with_meta or bool(modalities.keys() - {"image"}) or (spec.image is not None and spec.image.boxes != "")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._position = course.start()
@@ -269,7 +274,7 @@ class ShardLoader:
         produced = self._produce(self._position)
         pool = ThreadPoolExecutor(1, thread_name_prefix="vlpfast-loader")
         try:
-            waiting = deque(pool.submit(next, produced, None) for _ in range(_IN_FLIGHT))
+            waiting = deque(pool.submit(next, produced, None) for _ in range(self._ahead))
             while (plan := waiting.popleft().result()) is not None:
                 waiting.append(pool.submit(next, produced, None))
                 self._position = plan.end
@@ -298,7 +303,7 @@ class ShardLoader:
                 modalities[name] = stack.enter_context(contextlib.closing(make()))
             plans: deque[_Plan] = deque()
             while True:
-                while len(plans) < _IN_FLIGHT and (plan := self._plan(modalities, position)) is not None:
+                while len(plans) < self._ahead and (plan := self._plan(modalities, position)) is not None:
                     self._submit(modalities, plan)
                     plans.append(plan)
                     position = plan.end

@@ -62,6 +62,7 @@ class DataConfig:
     tokenizer: str = ""  # a Hugging Face tokenizer.json or its folder; "": train one on the training captions
     loader: Literal["auto", "dali", "plain"] = "auto"
     threads: int = 2
+    ahead: int = 2  # batches that are ready before they are asked for, and decoded behind those; 1 where a batch is large
     window: int = 16  # shards whose samples are mixed with one another; all of them: a full shuffle
 
 
@@ -170,6 +171,7 @@ MAY_CHANGE = (
     "train.wandb",
     "stages.*.steps",
     "data.threads",
+    "data.ahead",
     "data.cache_dir",
     "evaluation.*",
 )
@@ -348,7 +350,7 @@ _POSITIVE = {
         "log_seconds",
         "timeout_minutes",
     ],
-    "data": ["num_scenes", "num_heldout", "threads", "window"],
+    "data": ["num_scenes", "num_heldout", "threads", "ahead", "window"],
     "evaluation": ["batch_size"],
 }
 _NOT_NEGATIVE = {
