@@ -283,7 +283,9 @@ class ShardLoader:
                     for value in plan.batch.values():
                         if isinstance(value, Tensor) and value.is_cuda:
                             value.record_stream(torch.cuda.current_stream(self._device))
-                yield plan.batch
+                handed_out = [plan.batch]
+                del plan  # a large batch is not to be held here while the caller waits for the next
+                yield handed_out.pop()
             self._note(self._left_out_last)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -268,6 +268,7 @@ class Trainer:
             )
             mark = now
             self._taken.append(taken)
+            del batch, taken  # the next batch need not find this one still in memory
             self._write_taken(lag)
             if self.profiler is not None:
                 self.profiler.step()
