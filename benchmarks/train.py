@@ -227,6 +227,7 @@ def summary(run_dir: Path) -> dict:
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     size = config["train"]["batch_size"]
     seconds = [size / step["samples_per_s"] for step in steps]
+    first = min(10, len(seconds) - 1)  # the first ones are slower
     waited = [step["data_wait"] * taken for step, taken in zip(steps, seconds, strict=True)]
     return {
         "machine": f"{environment['cpu']} {environment['cores']} cores" + "".join(f", {gpu}" for gpu in environment["gpus"]),
@@ -238,8 +239,10 @@ def summary(run_dir: Path) -> dict:
         "steps": len(steps),
         "batch_size": size,
         "seconds": sum(seconds),
-        "samples_per_s": size * len(seconds[10:]) / sum(seconds[10:]),
+        "samples_per_s": size * len(seconds[first:]) / sum(seconds[first:]),
         "data_wait": sum(waited) / sum(seconds),
+        "micro_batch": config["train"]["micro_batch"],
+        "memory_mib": max(step["memory_bytes"] for step in steps) / 2**20,
         "evaluation": json.loads((run_dir / "evaluation.json").read_text()),
     }
 
