@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run
 from torch import Tensor, nn
 
 from vlpfast.evaluation.features import encode_images, encode_pairs
@@ -126,3 +128,39 @@ def test_no_sample_is_an_error() -> None:
     source.count = 0
     with pytest.raises(UserError, match="no usable sample"):
         encode_pairs(Towers(), source, "cpu")
+
+
+class Share(Source):
+    """A rank's share of the eleven samples, as make_loader deals it."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        super().__init__()
+        self.skipped = {f"s9{rank}": "damaged"}
+        self.rows = list(range(rank, Source.count, world))
+        self.count = len(self.rows)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self.count, self.batch_size):
+            rows = self.rows[start : start + self.batch_size]
+            yield Batch(
+                image=self.pictures[rows], text=self.texts[rows], index=torch.tensor(rows) * 3, key=[f"s{row}" for row in rows],
+                meta=[{"row": row} for row in rows],
+            )  # fmt: skip
+
+
+def ranks_share_an_evaluation(rank: int, world: int) -> None:
+    """All have the features of one process; each has run the model as often as the others, for a model spread over them."""
+    model, calls = Towers(), []
+    encode = model.encode_text
+    model.encode_text = lambda *arguments: calls.append(1) or encode(*arguments)
+    found = encode_pairs(model, Share(rank, world), "cpu", ranks=world)
+    expected = encode_pairs(Towers(), Source(("text_mask",)), "cpu")
+    assert len(calls) == math.ceil(math.ceil(Source.count / world) / Source.batch_size)
+    assert torch.allclose(found.image, expected.image, atol=1e-6) and torch.allclose(found.text, expected.text, atol=1e-6)
+    assert torch.equal(found.index, expected.index) and found.keys == expected.keys and found.meta == expected.meta
+    assert found.skipped == {f"s9{r}": "damaged" for r in range(world)}
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_share_an_evaluation(world: int, tmp_path: Path) -> None:
+    run(world, tmp_path, [ranks_share_an_evaluation])
