@@ -256,6 +256,7 @@ def spread_models_in_bf16_and_evaluated(rank: int, world: int, folder: Path) -> 
     """What travels in bf16 is near float32, and a spread model gives the same features through its own methods."""
     overrides = ("train.strategy=fsdp", "train.activation_checkpointing=true")
     exact, losses = trained(folder / "exact", World(rank, world), *overrides)
+    assert len(set(on_all(torch.initial_seed))) == world  # each draws its own random numbers
     with pytest.warns(UserWarning) if not is_fast(torch.bfloat16, torch.device("cpu")) else nullcontext():
         half, half_losses = trained(folder / "half", World(rank, world), *overrides, "train.precision=bf16")
     assert half_losses == pytest.approx(losses, rel=0.02) and half_losses != losses
