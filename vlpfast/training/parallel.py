@@ -76,10 +76,15 @@ def joined(train: TrainConfig) -> Iterator[World]:
     if device.type == "cuda":
         device = choose_device(f"cuda:{local}")
         torch.cuda.set_device(device)
+    timeout = timedelta(minutes=train.timeout_minutes)
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=train.timeout_minutes)
-        )
+        store = None
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun's own store may still hold where the processes of the attempt before were to be found.
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(f"rank {rank} of {size} cannot meet the others at {where}: {str(error).splitlines()[0]}") from error
