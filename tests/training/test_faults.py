@@ -9,6 +9,7 @@ import pickle
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -215,3 +216,20 @@ def test_nothing_that_a_checkpoint_says_is_run(tmp_path: Path, where: str) -> No
     with pytest.raises(UserError, match=expected):
         checkpoint.load_weights(step, trainer.model)
     assert not sprung.exists()
+
+
+def test_torchrun_starts_a_killed_run_again(tmp_path: Path) -> None:
+    """One of two ranks is killed; the same torchrun's second attempt goes on from the last checkpoint."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert toy_trainer(toy_config(tmp_path / "whole", *STEPS)).fit()
+    toy_config(tmp_path / "killed", *STEPS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command += [str(Path(__file__).parent / "toy_run.py"), str(tmp_path / "killed"), "0.05", *STEPS]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stderr=log) as torchrun:
+        wait_for(tmp_path / "killed", "run/checkpoints/step-00000006")
+        os.kill(int((tmp_path / "killed" / "pid-1").read_text()), signal.SIGKILL)
+        assert torchrun.wait(120) == 0, (tmp_path / "log").read_text()
+    steps = [record["step"] for record in numbers(tmp_path / "killed")]
+    assert steps == [record["step"] for record in numbers(tmp_path / "whole")]
+    assert "going on from" in (tmp_path / "killed" / "log-0").read_text()  # the second attempt's
