@@ -76,12 +76,13 @@ def test_data_ways_give_the_same_batches(tmp_path: Path, monkeypatch: pytest.Mon
 def test_summary_of_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text("model: {name: clip, preset: tiny}\ntrain: {batch_size: 10}\n")
+    (run / "config.yaml").write_text("model: {name: clip, preset: tiny}\ntrain: {batch_size: 10, micro_batch: 5}\n")
     facts = {"cpu": "A CPU", "cores": 2, "gpus": [], "torch": "2", "commit": "c", "threads": 1}
     (run / "environment.json").write_text(json.dumps(facts))
-    lines = [{"samples_per_s": 100.0, "data_wait": 0.5}] * 20
+    lines = [{"samples_per_s": 100.0, "data_wait": 0.5, "memory_bytes": place * 2**20} for place in range(20)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "evaluation.json").write_text('{"step": 20}')
     benchmark.write_summary(run, tmp_path / "row.json")
     found = json.loads((tmp_path / "row.json").read_text())
+    assert found["memory_mib"] == 19 and found["micro_batch"] == 5
     assert found["seconds"] == pytest.approx(2.0) and found["samples_per_s"] == pytest.approx(100) and found["data_wait"] == 0.5
