@@ -228,8 +228,21 @@ def test_what_cannot_be_divided_is_named(tmp_path: Path) -> None:
         Trainer(config(tmp_path, "train.micro_batch=4"), Whole(), lambda name, stage: ToyLoader(24), World())
     with pytest.raises(UserError, match=r"train.batch_size: expected a multiple of the 5 ranks, got 24"):
         Trainer(config(tmp_path), Pair(Pair.Config()), lambda name, stage: ToyLoader(24), World(0, 5))
-    with pytest.raises(UserError, match=r"train.compile=block: Whole has no repeated blocks"):
-        Trainer(config(tmp_path, "train.compile=block"), Whole(), lambda name, stage: ToyLoader(24), World())
+    for key in ("train.compile=block", "train.activation_checkpointing=true"):
+        with pytest.raises(UserError, match=rf"{key.removesuffix('=true')}: Whole has no repeated blocks"):
+            Trainer(config(tmp_path, key), Whole(), lambda name, stage: ToyLoader(24), World())
+    both = config(tmp_path, "train.compile=step", "train.micro_batch=4")
+    with pytest.raises(UserError, match=r"train.compile=step compiles the forward of a whole batch"):
+        Trainer(both, Pair(Pair.Config()), lambda name, stage: ToyLoader(24), World())
+
+
+def test_a_divided_batch_of_frozen_towers(tmp_path: Path) -> None:
+    """The temperature alone is trained; and what no loss uses has no gradient, so that no decay touches it."""
+    trainer, _ = trained(tmp_path / "scale", World(), "train.steps=2", "train.micro_batch=5", "stages.s.trainable=[logit_scale]")
+    seed_everything(0)
+    before = Pair(Pair.Config()).state_dict()
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {"logit_scale"}
 
 
 def test_blocks() -> None:
@@ -272,6 +285,18 @@ def spread_models_in_bf16_and_evaluated(rank: int, world: int, folder: Path) -> 
     assert share < 0.6 * sum(p.numel() for p in exact.model.parameters())
 
 
+def stages_one_after_another(rank: int, world: int, folder: Path) -> None:
+    """Each stage has its own set of trained parameters, on all ranks the same; losses of both strategies agree."""
+    stages = ("stages.a.steps=3", "stages.b.steps=3", "stages.b.frozen=['image*', bias]")
+    found = {}
+    for strategy in ("ddp", "fsdp"):
+        trainer, losses = trained(folder / f"stages-{strategy}", World(rank, world), f"train.strategy={strategy}", *stages)
+        found[strategy] = losses, [whole(parameter) for parameter in trainer.model.parameters()]
+    assert len(found["ddp"][0]) == 6 and found["ddp"][0] == pytest.approx(found["fsdp"][0], rel=1e-5)
+    for a, b in zip(found["ddp"][1], found["fsdp"][1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
 def a_signal_to_one_stops_all(rank: int, world: int, folder: Path) -> None:
     settings = config(folder / "signal", "train.steps=100000")
     loader = Share(World(rank, world), 24)
@@ -298,7 +323,7 @@ def the_first_rank_goes_first(rank: int, world: int, folder: Path) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    checks = [spread_models_in_bf16_and_evaluated, a_signal_to_one_stops_all, the_first_rank_goes_first]
+    checks = [spread_models_in_bf16_and_evaluated, stages_one_after_another, a_signal_to_one_stops_all, the_first_rank_goes_first]
     run(2, tmp_path, [partial(check, folder=tmp_path) for check in checks])
 
 

@@ -23,7 +23,7 @@ from vlpfast.data import streams
 from vlpfast.data.mel import LogMel, mask_spans, reach, resample, resampled_length
 from vlpfast.data.modality import Draws
 from vlpfast.data.order import uniform
-from vlpfast.data.pictures import DamagedBatch, DamagedSample
+from vlpfast.data.pictures import DamagedSample, results
 from vlpfast.types import AudioSpec, UserError
 
 try:
@@ -107,15 +107,7 @@ class AudioModality:
 
     def receive(self) -> dict[str, Tensor]:
         batch = self._submitted.popleft()
-        rows: list[np.ndarray] = []
-        reasons: dict[int, str] = {}
-        for position, future in enumerate(batch.rows):
-            try:
-                rows.append(future.result())
-            except DamagedSample as error:
-                reasons[position] = str(error)
-        if reasons:
-            raise DamagedBatch(reasons)
+        rows = results(batch.rows)
         x = torch.empty(len(rows), self._samples, device=self._device)
         for rate in sorted(set(batch.rates)):
             places = [place for place, other in enumerate(batch.rates) if other == rate]

@@ -10,9 +10,14 @@ from __future__ import annotations
 import io
 import re
 import struct
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+
+T = TypeVar("T")
 
 _FORMATS = (
     "JPEG",
@@ -37,6 +42,20 @@ class DamagedBatch(Exception):
     def __init__(self, reasons: dict[int, str]):
         super().__init__(reasons)
         self.reasons = reasons
+
+
+def results(futures: Iterable[Future[T]]) -> list[T]:
+    """What the samples of a batch have become. Raises DamagedBatch for those that came to a DamagedSample."""
+    made: list[T] = []
+    reasons: dict[int, str] = {}
+    for position, future in enumerate(futures):
+        try:
+            made.append(future.result())
+        except DamagedSample as error:
+            reasons[position] = str(error)
+    if reasons:
+        raise DamagedBatch(reasons)
+    return made
 
 
 def picture_size(data: bytes) -> tuple[int, int]:

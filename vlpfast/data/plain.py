@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlpfast.data.pictures import DamagedBatch, DamagedSample, decode_rgb
+from vlpfast.data.pictures import decode_rgb, results
 from vlpfast.data.views import View, fill_level, hull
 from vlpfast.types import ImageSpec
 
@@ -39,15 +39,7 @@ class PlainDecoder:
 
     def receive(self) -> list[Tensor]:
         """Raises DamagedBatch."""
-        rows: list[list[np.ndarray]] = []
-        reasons: dict[int, str] = {}
-        for position, future in enumerate(self._submitted.popleft()):
-            try:
-                rows.append(future.result())
-            except DamagedSample as error:
-                reasons[position] = str(error)
-        if reasons:
-            raise DamagedBatch(reasons)
+        rows = results(self._submitted.popleft())
         return [self._finish(np.stack(view)) for view in zip(*rows, strict=True)]
 
     def reset(self) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlpfast.data.modality import Draws
 from vlpfast.data.order import random_bits, uniform
-from vlpfast.data.pictures import DamagedBatch, DamagedSample
+from vlpfast.data.pictures import DamagedSample, results
 from vlpfast.types import PointsSpec, UserError
 
 _DRAW = 1 << 23  # of a sample's draws, those from here on belong to its points
@@ -65,15 +65,7 @@ class PointsModality:
         return {}
 
     def receive(self) -> dict[str, Tensor]:
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        reasons: dict[int, str] = {}
-        for position, future in enumerate(self._submitted.popleft()):
-            try:
-                found.append(future.result())
-            except DamagedSample as error:
-                reasons[position] = str(error)
-        if reasons:
-            raise DamagedBatch(reasons)
+        found = results(self._submitted.popleft())
         points, transforms = (torch.from_numpy(np.stack(column)) for column in zip(*found, strict=True))
         return {"points": points, "points_transform": transforms}
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vlpfast.data import frames, streams
 from vlpfast.data.modality import Draws
-from vlpfast.data.pictures import DamagedBatch, DamagedSample, decode_rgb, picture_size
+from vlpfast.data.pictures import DamagedSample, decode_rgb, picture_size, results
 from vlpfast.data.shards import IMAGE_EXTENSIONS
 from vlpfast.data.views import crop_fractions, view_rectangles
 from vlpfast.types import ImageSpec, UserError, VideoSpec
@@ -116,15 +116,7 @@ class VideoModality:
         return fields
 
     def receive(self) -> dict[str, Tensor]:
-        rows: list[np.ndarray] = []
-        reasons: dict[int, str] = {}
-        for position, future in enumerate(self._submitted.popleft()):
-            try:
-                rows.append(future.result())
-            except DamagedSample as error:
-                reasons[position] = str(error)
-        if reasons:
-            raise DamagedBatch(reasons)
+        rows = results(self._submitted.popleft())
         pixels = torch.from_numpy(np.stack(rows)).to(self._device).permute(0, 1, 4, 2, 3)  # uint8 [B, T + T', 3, size, size]
         parts = {"video": pixels[:, : self._spec.frames]}
         if self._spec.short_frames:

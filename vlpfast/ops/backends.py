@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -86,6 +87,15 @@ def device_type(name: str) -> str:
 def interpreted() -> bool:
     """Whether Triton's kernels are to run in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
+
+
+def operator(name: str, backend: str) -> Any:
+    """torch.ops.vlpfast's of that name; those of Triton have a suffix, in other libraries torch chooses by the device."""
+    return getattr(torch.ops.vlpfast, f"{name}_triton" if backend == "triton" else name)
+
+
+# How an error ends that says what a kernel's autograd does not do.
+BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
 
 
 def _devices(name: str, kernels: Mapping[str, str]) -> tuple[str, ...]:

@@ -53,7 +53,8 @@ def backward(
             with autocast():
                 encoded = spread.unaveraged("encode", part)
             pairs = [(encoded[key], grad[number]) for key, grad in grads.items() if encoded[key].requires_grad]
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            if pairs:  # what encodes may be frozen
+                torch.autograd.backward(*zip(*pairs, strict=True))
     return loss.detach(), {key: value.detach() for key, value in losses.items()}
 
 

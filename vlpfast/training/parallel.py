@@ -121,12 +121,20 @@ class Spread:
     def __init__(self, model: nn.Module, train: TrainConfig, world: World) -> None:
         self.model, self.train, self.world = model, train, world
         repeated = blocks(model)
+        for asked, key in (
+            (train.activation_checkpointing, "activation_checkpointing"),
+            (train.compile == "block", "compile=block"),
+        ):
+            if asked and not repeated:
+                raise UserError(f"train.{key}: {type(model).__name__} has no repeated blocks (a ModuleList of two or more alike)")
+        if train.compile == "step" and train.micro_batch:
+            raise UserError(
+                "train.compile=step compiles the forward of a whole batch, which train.micro_batch divides: use block"
+            )
         if train.activation_checkpointing:
             for block in repeated:
                 _recompute(block)
         if train.compile == "block":
-            if not repeated:
-                raise UserError(f"train.compile=block: {type(model).__name__} has no repeated blocks; use step")
             for block in repeated:
                 block.compile()
         elif train.compile == "step":
@@ -177,7 +185,7 @@ class Spread:
         if self.world.size == 1:
             return
         parameters = self._replicated if self._sharded else [] if averaged else self.model.parameters()
-        _average([parameter for parameter in parameters if parameter.requires_grad], self.world)
+        _average([parameter for parameter in parameters if parameter.grad is not None], self.world)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -231,7 +239,10 @@ def _recompute(block: nn.Module) -> None:
 
 
 def _average(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Gradients to their mean over ranks, in buckets that are on their way together."""
+    """Gradients to their mean over ranks, in buckets that are on their way together.
+
+    What has none here has none anywhere: all ranks use the same parameters, as DistributedDataParallel wants it too.
+    """
     on_way: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = []
 
     def send(bucket: list[nn.Parameter]) -> None:
@@ -240,8 +251,6 @@ def _average(parameters: Iterable[nn.Parameter], world: World) -> None:
 
     bucket: list[nn.Parameter] = []
     for parameter in parameters:
-        if parameter.grad is None:  # on other ranks there may be one
-            parameter.grad = torch.zeros_like(parameter)
         if bucket and (parameter.dtype != bucket[0].dtype or _mib(bucket) >= BUCKET_MIB):
             send(bucket)
             bucket = []

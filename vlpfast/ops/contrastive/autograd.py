@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vlpfast.ops import backends
+
 
 class PairLogsumexp(torch.autograd.Function):
     """Arguments and results of pair_fwd or pair_fwd_triton (vlpfast/ops/_schemas.py); rows and columns have gradients.
@@ -55,7 +57,7 @@ class PairLogsumexp(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"pair_logsumexp: results under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"pair_logsumexp: results under vmap {backends.BY_REFERENCE}")
 
 
 class _Gradient(torch.autograd.Function):
@@ -82,7 +84,4 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"pair_logsumexp: second derivatives {_BY_REFERENCE}")
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
+        raise NotImplementedError(f"pair_logsumexp: second derivatives {backends.BY_REFERENCE}")

@@ -273,7 +273,7 @@ class PairDistill(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"pair_distill: results under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"pair_distill: results under vmap {backends.BY_REFERENCE}")
 
 
 class _Gradient(torch.autograd.Function):
@@ -306,7 +306,4 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"pair_distill: second derivatives {_BY_REFERENCE}")
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
+        raise NotImplementedError(f"pair_distill: second derivatives {backends.BY_REFERENCE}")

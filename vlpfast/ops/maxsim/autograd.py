@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vlpfast.ops import backends
+
 
 class MaxSim(torch.autograd.Function):
     """Arguments and results of maxsim_fwd or maxsim_fwd_triton (vlpfast/ops/_schemas.py); the scores have gradients.
@@ -42,7 +44,7 @@ class MaxSim(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"maxsim: results under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"maxsim: results under vmap {backends.BY_REFERENCE}")
 
 
 class _Gradient(torch.autograd.Function):
@@ -68,7 +70,4 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"maxsim: second derivatives {_BY_REFERENCE}")
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
+        raise NotImplementedError(f"maxsim: second derivatives {backends.BY_REFERENCE}")

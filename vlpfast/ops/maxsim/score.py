@@ -72,14 +72,16 @@ class ScoreCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
         if any(ctx.needs_input_grad[4:7]):
-            raise NotImplementedError(f"score_contrastive_loss: gradients of label_smoothing and of weights {_BY_REFERENCE}")
+            raise NotImplementedError(
+                f"score_contrastive_loss: gradients of label_smoothing and of weights {backends.BY_REFERENCE}"
+            )
         if grad is None:
             return (None,) * 14
         return None, *_Gradient.apply(grad, *ctx.saved_tensors, *ctx.need), *[None] * 10
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"score_contrastive_loss: results under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"score_contrastive_loss: results under vmap {backends.BY_REFERENCE}")
 
 
 class _Gradient(torch.autograd.Function):
@@ -107,7 +109,4 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"score_contrastive_loss: second derivatives {_BY_REFERENCE}")
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
+        raise NotImplementedError(f"score_contrastive_loss: second derivatives {backends.BY_REFERENCE}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlpfast.ops import backends
 from vlpfast.ops._checks import DTYPES, check_count, check_flag
 from vlpfast.ops.temporal import reference
+from vlpfast.ops.temporal.autograd import dense
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 MOST_FRAMES = 32  # that the kernels take
@@ -61,7 +62,7 @@ def temporal_attention(
         k = k.view_as(k)
     if v is q or v is k:
         v = v.view_as(v)
-    return TemporalAttention.apply(backend, _dense(q), _dense(k), _dense(v), mask, heads, scale, causal)
+    return TemporalAttention.apply(backend, dense(q), dense(k), dense(v), mask, heads, scale, causal)
 
 
 def _permuted(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
@@ -78,11 +79,6 @@ def _permuted(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, 
     out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale)  # [B * P, H, Tq, Dv]
     out = out.unflatten(0, (batch, positions)).permute(0, 3, 1, 2, 4).flatten(3)
     return out if mask is None else torch.where(none[..., None, None], 0, out)
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Any strides that the kernels read: elements of the last dimension are consecutive."""
-    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def _check(q: Any, k: Any, v: Any, heads: Any, mask: Any, causal: Any, scale: Any) -> None:
@@ -127,7 +123,7 @@ class TemporalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, q, k, v, keep, heads, scale, causal):
-        return _operator("temporal_attention_fwd", backend)(q, k, v, keep, heads, scale, causal)
+        return backends.operator("temporal_attention_fwd", backend)(q, k, v, keep, heads, scale, causal)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -136,13 +132,13 @@ class TemporalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        gradients = _Gradient.apply(ctx.backend, _dense(grad), *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.causal)
+        gradients = _Gradient.apply(ctx.backend, dense(grad), *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.causal)
         needed = ctx.needs_input_grad[1:4]
         return None, *[g if n else None for g, n in zip(gradients, needed, strict=True)], *[None] * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"temporal_attention: results under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"temporal_attention: results under vmap {backends.BY_REFERENCE}")
 
 
 class _Gradient(torch.autograd.Function):
@@ -152,7 +148,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, grad, q, k, v, keep, heads, scale, causal):
-        return _operator("temporal_attention_bwd", backend)(grad, q, k, v, keep, heads, scale, causal)
+        return backends.operator("temporal_attention_bwd", backend)(grad, q, k, v, keep, heads, scale, causal)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -160,11 +156,4 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"temporal_attention: second derivatives {_BY_REFERENCE}")
-
-
-def _operator(name: str, backend: str) -> Any:
-    return getattr(torch.ops.vlpfast, f"{name}_triton" if backend == "triton" else name)
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
+        raise NotImplementedError(f"temporal_attention: second derivatives {backends.BY_REFERENCE}")

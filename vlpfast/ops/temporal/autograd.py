@@ -7,9 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-
-def operator(name: str, backend: str) -> Any:
-    return getattr(torch.ops.vlpfast, f"{name}_triton" if backend == "triton" else name)
+from vlpfast.ops import backends
 
 
 def dense(x: Tensor) -> Tensor:
@@ -22,7 +20,7 @@ class FrameShift(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, back_begin, back_end, ahead_begin, ahead_end, cyclic):
-        return operator("frame_shift", backend)(dense(x), back_begin, back_end, ahead_begin, ahead_end, cyclic)
+        return backends.operator("frame_shift", backend)(dense(x), back_begin, back_end, ahead_begin, ahead_end, cyclic)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -44,7 +42,7 @@ class MeanPool(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, out):
-        return operator("pool_tokens_fwd", backend)(dense(x), *out, False, False)[0]
+        return backends.operator("pool_tokens_fwd", backend)(dense(x), *out, False, False)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -64,7 +62,7 @@ class _MeanGradient(torch.autograd.Function):
     @staticmethod
     def forward(backend, grad, out, lengths):
         none = grad.new_empty((0, *out, grad.shape[4]), dtype=torch.uint8)
-        return operator("pool_tokens_bwd", backend)(dense(grad), none, *lengths, False)
+        return backends.operator("pool_tokens_bwd", backend)(dense(grad), none, *lengths, False)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -84,7 +82,7 @@ class MaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, out, keep_winners):
-        return operator("pool_tokens_fwd", backend)(dense(x), *out, True, keep_winners)
+        return backends.operator("pool_tokens_fwd", backend)(dense(x), *out, True, keep_winners)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -99,7 +97,7 @@ class MaxPool(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"pool_tokens: largest values under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"pool_tokens: largest values under vmap {backends.BY_REFERENCE}")
 
 
 class _MaxGradient(torch.autograd.Function):
@@ -107,7 +105,7 @@ class _MaxGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, grad, winners, lengths):
-        return operator("pool_tokens_bwd", backend)(dense(grad), winners, *lengths, True)
+        return backends.operator("pool_tokens_bwd", backend)(dense(grad), winners, *lengths, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -115,16 +113,13 @@ class _MaxGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> NoReturn:
-        raise NotImplementedError(f"pool_tokens: second derivatives of largest values {_BY_REFERENCE}")
+        raise NotImplementedError(f"pool_tokens: second derivatives of largest values {backends.BY_REFERENCE}")
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, backend: str, grad: Tensor, winners: Tensor, lengths: Any) -> tuple[Tensor, int]:
         """torch.func.jacrev: several gradients of the same results."""
         winners = winners.expand(info.batch_size, *winners.shape).flatten(0, 1)
         return _over_clips(_MaxGradient, in_dims, backend, grad, winners, lengths)
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
 
 
 def _over_clips(function: Any, in_dims: Any, backend: str, x: Tensor, *rest: Any) -> tuple[Tensor, int]:

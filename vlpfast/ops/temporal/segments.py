@@ -86,7 +86,7 @@ class SegmentPool(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, start, score, mode):
-        return _operator("segment_pool_fwd", backend)(x, start, score, mode)
+        return backends.operator("segment_pool_fwd", backend)(x, start, score, mode)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -103,7 +103,7 @@ class SegmentPool(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"segment_pool: results under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"segment_pool: results under vmap {backends.BY_REFERENCE}")
 
 
 class _Gradient(torch.autograd.Function):
@@ -113,7 +113,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, grad, x, start, score, length, mode, need_x, need_score):
-        return _operator("segment_pool_bwd", backend)(grad, x, start, score, length, mode, need_x, need_score)
+        return backends.operator("segment_pool_bwd", backend)(grad, x, start, score, length, mode, need_x, need_score)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -121,11 +121,4 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"segment_pool: second derivatives {_BY_REFERENCE}")
-
-
-def _operator(name: str, backend: str) -> Any:
-    return getattr(torch.ops.vlpfast, f"{name}_triton" if backend == "triton" else name)
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
+        raise NotImplementedError(f"segment_pool: second derivatives {backends.BY_REFERENCE}")

@@ -12,7 +12,7 @@ from vlpfast.ops import backends
 from vlpfast.ops._checks import check_count, check_flag
 from vlpfast.ops.temporal import reference
 from vlpfast.ops.temporal._checks import check_features
-from vlpfast.ops.temporal.autograd import FrameShift, operator
+from vlpfast.ops.temporal.autograd import FrameShift
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
@@ -106,7 +106,7 @@ def _shift_in_place(name: str, x: Tensor, fold: int) -> None:
         return
     if not (torch.compiler.is_compiling() or x.is_inference()):
         torch.autograd.graph.increment_version(x)  # who has saved x for a backward is told
-    operator("frame_shift_", backend)(x, fold, 2 * fold, 0, fold)
+    backends.operator("frame_shift_", backend)(x, fold, 2 * fold, 0, fold)
 
 
 def _check_inplace(x: Tensor, rows: Tensor, first: int, last: int) -> None:

@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from vlpfast.ops import backends
+
 
 class Merge(torch.autograd.Function):
     """Arguments and results of merge_fwd or merge_fwd_triton (vlpfast/ops/_schemas.py).
@@ -17,7 +19,7 @@ class Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, weight, index, kept, source, target, mean, largest, keep):
-        return operator("merge_fwd", backend)(x, weight, kept, source, target, mean, largest)
+        return backends.operator("merge_fwd", backend)(x, weight, kept, source, target, mean, largest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -37,7 +39,7 @@ class Merge(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"merge: results under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"merge: results under vmap {backends.BY_REFERENCE}")
 
 
 class _Gradient(torch.autograd.Function):
@@ -47,7 +49,9 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, grad_y, grad_total, index, weight, total, x, mean, largest, need_x, need_weight):
-        return operator("merge_bwd", backend)(grad_y, grad_total, index, weight, total, x, mean, largest, need_x, need_weight)
+        return backends.operator("merge_bwd", backend)(
+            grad_y, grad_total, index, weight, total, x, mean, largest, need_x, need_weight
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -55,7 +59,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"merge: second derivatives {_BY_REFERENCE}")
+        raise NotImplementedError(f"merge: second derivatives {backends.BY_REFERENCE}")
 
 
 class Unmerge(torch.autograd.Function):
@@ -63,7 +67,7 @@ class Unmerge(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, y, index, kept, source, target):
-        return operator("merge_bwd", backend)(y, None, index, None, None, None, False, False, True, False)[0]
+        return backends.operator("merge_bwd", backend)(y, None, index, None, None, None, False, False, True, False)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -77,12 +81,4 @@ class Unmerge(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"unmerge: results under vmap {_BY_REFERENCE}")
-
-
-def operator(name: str, backend: str) -> Any:
-    """torch.ops.vlpfast's of that backend."""
-    return getattr(torch.ops.vlpfast, f"{name}_triton" if backend == "triton" else name)
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
+        raise NotImplementedError(f"unmerge: results under vmap {backends.BY_REFERENCE}")

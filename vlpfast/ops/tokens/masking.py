@@ -10,7 +10,6 @@ from torch import Tensor
 from vlpfast.ops import backends, debug
 from vlpfast.ops._checks import DTYPES, check_choice, check_count, check_tensor
 from vlpfast.ops.tokens import reference_selection as reference
-from vlpfast.ops.tokens.autograd import operator
 from vlpfast.ops.tokens.selection import KERNELS, check_protect, check_tokens
 from vlpfast.ops.tokens.selection_autograd import GatherRows
 
@@ -61,7 +60,7 @@ def random_keep(
     backend = backends.choose("random_keep", KERNELS, seed.device)
     if backend == "reference":
         return reference.random_keep(seed, batch, tokens, keep, protect, order == "random")
-    return operator("random_keep", backend)(seed, batch, tokens, keep, protect, order == "random")
+    return backends.operator("random_keep", backend)(seed, batch, tokens, keep, protect, order == "random")
 
 
 def random_mask(

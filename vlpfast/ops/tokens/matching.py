@@ -11,7 +11,6 @@ from vlpfast.ops import backends, debug
 from vlpfast.ops._checks import DTYPES, check_choice, check_count, check_mask, check_tensor
 from vlpfast.ops.contrastive.reference import random_bits
 from vlpfast.ops.tokens import reference
-from vlpfast.ops.tokens.autograd import operator
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
 
@@ -168,7 +167,7 @@ def _match(metric, a, b, every, protect, r, order, mask) -> Match:
         if a is None:
             a, b = reference.split(metric.shape[1], every, metric.device)
         return Match(*reference.match(metric, a, b, protect, r, order == "score", mask))
-    return Match(*operator("match_fwd", backend)(metric, a, b, every, protect, r, order == "score", mask))
+    return Match(*backends.operator("match_fwd", backend)(metric, a, b, every, protect, r, order == "score", mask))
 
 
 def _check_metric(metric: Any, mask: Any) -> None:

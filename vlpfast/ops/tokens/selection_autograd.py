@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vlpfast.ops.tokens.autograd import operator
+from vlpfast.ops import backends
 
 
 class Select(torch.autograd.Function):
@@ -18,7 +18,7 @@ class Select(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, score, mask, k, protect, by_score, fuse, normalize):
-        return operator("select_fwd", backend)(x, score, mask, k, protect, by_score, fuse, normalize)
+        return backends.operator("select_fwd", backend)(x, score, mask, k, protect, by_score, fuse, normalize)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -35,7 +35,7 @@ class Select(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> NoReturn:
-        raise NotImplementedError(f"select: results under vmap {_BY_REFERENCE}")
+        raise NotImplementedError(f"select: results under vmap {backends.BY_REFERENCE}")
 
 
 class _SelectGradient(torch.autograd.Function):
@@ -48,7 +48,7 @@ class _SelectGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, grad, x, score, mask, indices, fuse, normalize, need_x, need_score):
-        return operator("select_bwd", backend)(grad, x, score, mask, indices, fuse, normalize, need_x, need_score)
+        return backends.operator("select_bwd", backend)(grad, x, score, mask, indices, fuse, normalize, need_x, need_score)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -56,7 +56,7 @@ class _SelectGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise NotImplementedError(f"select: second derivatives {_BY_REFERENCE}")
+        raise NotImplementedError(f"select: second derivatives {backends.BY_REFERENCE}")
 
 
 class GatherRows(torch.autograd.Function):
@@ -66,7 +66,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, indices, fill, back):
-        return operator("gather_rows", backend)(x, indices, fill)
+        return backends.operator("gather_rows", backend)(x, indices, fill)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -90,7 +90,7 @@ class FilledRowsSum(torch.autograd.Function):
 
     @staticmethod
     def forward(backend, x, indices):
-        return operator("filled_rows_sum", backend)(x, indices)
+        return backends.operator("filled_rows_sum", backend)(x, indices)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -102,6 +102,3 @@ class FilledRowsSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (indices,) = ctx.saved_tensors
         return None, torch.where((indices < 0)[..., None], grad, 0).to(ctx.dtype), None
-
-
-_BY_REFERENCE = 'are made by the reference backend alone: wrap the call in vlpfast.ops.backends.use("reference")'
