@@ -104,7 +104,7 @@ def open_clip_step(model: CLIP, batch: Batch, part: int, autocast: Callable[[], 
                     loss = open_clip_loss(joined, model.logit_scale.exp())
                 loss.backward()
         optimizer.step()
-        model.before_step(0)  # it too keeps the scale from growing beyond 100
+        model.before_step(Progress(0, 1))  # it too keeps the scale from growing beyond 100
         return loss.detach()
 
     return step
@@ -116,7 +116,7 @@ def vlpfast_step(model: CLIP, batch: Batch, part: int, autocast: Callable[[], An
     spread.begin_stage()
 
     def step() -> Tensor:
-        model.before_step(0)
+        model.before_step(Progress(0, 1))
         if part < len(batch["text"]):
             loss, _ = feature_cache.backward(spread, batch, part, lambda losses: losses["contrastive"], autocast)
         else:

@@ -25,8 +25,12 @@ class Batch(TypedDict, total=False):
     image_local: Tensor  # [B, V, 3, s, s] the local views
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
-    labels: Tensor  # [B, L] int64 what is asked for at each token, -100: nothing
-    word_ids: Tensor  # [B, L] int64 the word that a token is a part of, -1 at special tokens and padding
+    text_masked: Tensor  # [B, L] int64 the same with some of it hidden (TextSpec.mask)
+    text_labels: Tensor  # [B, L] int64 what is asked for at each token, -100: nothing; of a hidden token its id, of an answer too
+    text_of: Tensor  # [A] int64 which sample each row belongs to, where a sample has any number of rows (TextSpec.every): A for B
+    text_weight: Tensor  # [A] float32 the weights of these rows
+    # Each further text NAME of DataSpec.texts likewise: NAME, NAME_mask, NAME_masked, NAME_labels, NAME_of, NAME_weight; each
+    # target NAME of DataSpec.targets: NAME.
     positions: Tensor  # [B, L] int64 place of a token in its document; packed rows alone, as all down to image_of
     cu_seqlens: Tensor  # [S + 1] int32 where in text.flatten() the documents and the rows' paddings begin, then B * L
     document: Tensor  # [S] int64 the document that each of these sequences is, -1: padding
@@ -85,6 +89,7 @@ class Progress:
 
     step: int
     steps: int
+    epoch: float = 0.0  # passes over the stage's data that are behind it
 
     @property
     def fraction(self) -> float:
@@ -242,10 +247,58 @@ class AudioSpec:
 
 
 @dataclass
+class MaskSpec:
+    """What a masked language model is asked for: Batch NAME_masked and NAME_labels (data/masking.py, mask_tokens)."""
+
+    rate: float = 0.15  # share of the tokens
+    words: bool = False  # whole words are chosen together
+    exact: bool = False  # exactly that share of each text, not each token for itself
+    longest: int = 1  # runs of up to so many
+    shares: list[float] = field(default_factory=lambda: [0.8, 0.1])  # of the chosen: mask token, random token; the others stay
+
+
+@dataclass
 class TextSpec:
-    """Captions: tokenised, cut to `context_length` with the end token kept, padded."""
+    """A text of each sample: written by a template, tokenised, cut to `context_length` with the end token kept, padded.
+
+    A template names fields of the sample's JSON: "a photo of a {label}"; "{caption}" is also the member txt. Of a field that is
+    a list, training draws one anew each epoch and evaluation takes the first: "{captions}" of texts, "{qa.question}" of objects,
+    of which all texts of the sample then take the same.
+    """
 
     context_length: int = 77
+    templates: list[str] = field(default_factory=lambda: ["{caption}"])  # several: one drawn each epoch, in evaluation the first
+    tokenizer: str = ""  # one of data.tokenizers; "": data.tokenizer
+    clean: str = ""  # "albef": lower case, without punctuation (sheet of ALBEF's descendants)
+    max_words: int = 0  # cut behind so many words, before it is tokenised; 0: none
+    drop: str = "end"  # what a text that is too long loses; or "start"
+    # Behind a prompt, the text it is answered with, written likewise: bos, prompt, answer, eos, where NAME_labels asks for the
+    # answer and its eos alone.
+    answer: list[str] = field(default_factory=list)
+    every: bool = False  # all elements of the list, a row each: NAME_of, NAME_weight (the elements' "weight", else 1)
+    mask: MaskSpec | None = None
+
+
+@dataclass
+class TargetSpec:
+    """A number, a class or several numbers of each sample, from its JSON."""
+
+    key: str = "label"  # field of the JSON; "objects.count": of the object that was drawn for the texts
+    kind: str = "class"  # int64 [B]; "number": float32 [B]; "vector": float32 [B, n]
+    classes: list[str] = field(default_factory=list)  # class: names in their order; empty: evaluation.class_names
+
+
+@dataclass
+class Vocabulary:
+    """What a model asks of a tokenizer: ids below `size`, and special tokens at the ids that it was made for."""
+
+    size: int
+    bos_id: int | None = None  # None: wherever it is
+    eos_id: int | None = None
+    pad_id: int | None = None
+    mask_id: int | None = None
+    mask: bool = False  # it needs a mask token
+    extra: list[str] = field(default_factory=list)  # further special tokens, such as "[DEC]": the ids follow the others
 
 
 @dataclass
@@ -303,6 +356,8 @@ class DataSpec:
 
     image: ImageSpec | None = field(default_factory=ImageSpec)
     text: TextSpec | None = field(default_factory=TextSpec)
+    texts: dict[str, TextSpec] = field(default_factory=dict)  # further ones: Batch[name], Batch[name + "_mask"], ...
+    targets: dict[str, TargetSpec] = field(default_factory=dict)  # Batch[name]
     video: VideoSpec | None = None
     audio: AudioSpec | None = None
     volume: VolumeSpec | None = None
@@ -352,7 +407,7 @@ class Loader(Protocol):
 
 @runtime_checkable
 class BeforeStep(Protocol):
-    def before_step(self, step: int) -> None:
+    def before_step(self, progress: Progress) -> None:
         """Called before the forward of every step: clamps, ramps, moving averages. The only places where state changes are
         this and after_step; forward changes none."""
         ...
@@ -396,6 +451,63 @@ class EncodesImages(Protocol):
 class EncodesTexts(Protocol):
     def encode_text(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
         """text [B, L] -> [B, D] of unit length."""
+        ...
+
+
+@runtime_checkable
+class ScoresPairs(Protocol):
+    """Scores a picture and a text together: the second stage of retrieval. The states are made once for each, not for each
+    pair."""
+
+    def image_states(self, image: Tensor) -> Tensor:
+        """image [B, 3, H, W] -> [B, T, C]"""
+        ...
+
+    def text_states(self, text: Tensor, text_mask: Tensor) -> Tensor:
+        """text [B, L], text_mask [B, L] bool -> [B, L, C]"""
+        ...
+
+    def score_pairs(self, image_states: Tensor, text_states: Tensor, text_mask: Tensor) -> Tensor:
+        """[P, T, C], [P, L, C], [P, L] bool -> [P] float32, the larger the better they fit"""
+        ...
+
+
+@runtime_checkable
+class Classifies(Protocol):
+    """Names a class; where batches have no field "label" for it, the model is not asked."""
+
+    def classify(self, batch: Batch) -> Tensor:
+        """-> logits [B, K]"""
+        ...
+
+
+@runtime_checkable
+class TakesClasses(Protocol):
+    """Works on a list of class names, which is given before training and may be another at evaluation."""
+
+    def set_classes(self, names: Sequence[str], tokenizer: Tokenizer) -> None: ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """Writes a text about each sample, in ids of the tokenizer that the attribute `writes_with` names ("": data.tokenizer)."""
+
+    writes_with: str
+
+    def generate(self, batch: Batch, *, max_new_tokens: int = 30, beams: int = 3, length_penalty: float = 1.0) -> Tensor:
+        """-> ids [B, L] int64 without the prompt, each row up to its end token, then padding"""
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """Ranks given answers to the question in a batch. The candidates are of the tokenizer that `writes_with` names."""
+
+    writes_with: str
+
+    def rank_answers(self, batch: Batch, candidates: Tensor, candidate_mask: Tensor) -> Tensor:
+        """candidates [K, L] int64 as Tokenizer.encode makes them, candidate_mask [K, L] bool -> [B, K] float32, larger is
+        likelier; -inf where a candidate was ruled out before it was scored in full"""
         ...
 
 

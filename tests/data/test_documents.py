@@ -116,9 +116,9 @@ def test_every_document_is_packed_once_whatever_the_lengths():
                 ids = documents[done + number].ids
                 assert text[begin:end].tolist() == ids.tolist() and batch["text_mask"].flatten()[begin:end].all()
                 assert batch["positions"].flatten()[begin:end].tolist() == list(range(len(ids)))
-                assert batch["labels"].flatten()[begin:end].tolist() == [IGNORED, *ids[1:].tolist()]
+                assert batch["text_labels"].flatten()[begin:end].tolist() == [IGNORED, *ids[1:].tolist()]
             assert sorted(seen) == list(range(count))
-            assert (batch["labels"][~batch["text_mask"]] == IGNORED).all()
+            assert (batch["text_labels"][~batch["text_mask"]] == IGNORED).all()
             done += count
 
 
@@ -128,11 +128,11 @@ def test_pictures_are_found_again():
     assert count == 3 and batch["document"].tolist() == [0, 2, 1, -1] and batch["cu_seqlens"].tolist() == [0, 7, 12, 18, 24]
     assert batch["image_slots"].tolist() == [1, 4, 9] and batch["image_of"].tolist() == [[0, 0], [0, 1], [2, 0]]
     assert (batch["text"].flatten()[batch["image_slots"]] == IMAGE).all()
-    assert (batch["labels"].flatten()[batch["image_slots"]] == IGNORED).all()
+    assert (batch["text_labels"].flatten()[batch["image_slots"]] == IGNORED).all()
     long = made(8, [2])
     long.ids[2:5] = IMAGE
     batch, _ = pack([long], 1, 8, pad_id=0, tokens_per_image=3)
-    assert batch["labels"][0].tolist() == [IGNORED, 1001, IGNORED, IGNORED, IGNORED, 1005, 1006, 1007]
+    assert batch["text_labels"][0].tolist() == [IGNORED, 1001, IGNORED, IGNORED, IGNORED, 1005, 1006, 1007]
     empty, count = pack([], 2, 4, pad_id=3)
     assert count == 0 and empty["cu_seqlens"].tolist() == [0, 4, 8] and empty["image_of"].shape == (0, 2)
 
@@ -168,4 +168,4 @@ def test_labels_of_texts_that_belong_to_pictures():
     labels = chunk_labels(batch, image_id=IMAGE, end_id=END)
     x = IGNORED
     assert labels.flatten().tolist() == [x, x, x, 51, END, x, x, x, 53, END, x, *[x] * 3, x, x, 61, 2, *[x] * 10]
-    assert torch.equal(labels != IGNORED, (labels != IGNORED) & (batch["labels"] != IGNORED))
+    assert torch.equal(labels != IGNORED, (labels != IGNORED) & (batch["text_labels"] != IGNORED))

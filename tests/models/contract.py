@@ -80,9 +80,10 @@ def train(
     """One step on each batch, as the trainer takes them: first, first + 1, ... of `steps`. The sum of the losses at each."""
     sums = []
     for step, batch in enumerate(batches, start=first):
+        progress = Progress(step, steps or len(batches))
         if hasattr(model, "before_step"):
-            model.before_step(step)
-        loss = torch.stack(list(model(batch, Progress(step, steps or len(batches))).values())).sum()
+            model.before_step(progress)
+        loss = torch.stack(list(model(batch, progress).values())).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -136,10 +136,10 @@ def test_loss_is_the_plain_formulation_and_reaches_every_parameter() -> None:
 def test_logit_scale_is_clamped_before_a_step() -> None:
     model = make()
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-6)
-    model.before_step(0)
+    model.before_step(Progress(0, 2))
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-6)
     model.logit_scale.data.fill_(5.0)
-    model.before_step(1)
+    model.before_step(Progress(1, 2))
     assert model.logit_scale.item() == pytest.approx(math.log(100), rel=1e-6)
     assert model.logit_scale.requires_grad
 

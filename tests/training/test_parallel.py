@@ -302,7 +302,7 @@ def a_signal_to_one_stops_all(rank: int, world: int, folder: Path) -> None:
     loader = Share(World(rank, world), 24)
     trainer = Trainer(settings, Pair(settings.model.config), lambda name, stage: loader, World(rank, world))
     if rank == world - 1:
-        trainer.model.before_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 7 else None
+        trainer.model.before_step = lambda progress: os.kill(os.getpid(), signal.SIGTERM) if progress.step == 7 else None
     assert not trainer.fit()
     assert on_all(lambda: trainer.position.step) == [trainer.position.step] * world
     assert 8 <= trainer.position.step < 12

@@ -69,7 +69,7 @@ class Toy(nn.Module):
             raise ValueError(f"mode: expected both or fit, got {mode!r}")
         self.mode = mode
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, progress: Progress) -> None:
         self.calls[0] += 1
 
     def after_step(self) -> None:

@@ -177,7 +177,7 @@ def pack(documents: Sequence[Document], rows: int, length: int, *, pad_id: int, 
         "text": torch.from_numpy(text.reshape(rows, length)),
         "text_mask": torch.from_numpy(mask.reshape(rows, length)),
         "positions": torch.from_numpy(positions.reshape(rows, length)),
-        "labels": torch.from_numpy(labels.reshape(rows, length)),
+        "text_labels": torch.from_numpy(labels.reshape(rows, length)),
         "cu_seqlens": torch.tensor([*(begin for begin, _ in begins), rows * length], dtype=torch.int32),
         "document": torch.tensor([number for _, number in begins], dtype=torch.int64),
         "image_slots": torch.from_numpy(places[:, 0].copy()),
@@ -196,5 +196,5 @@ def chunk_labels(batch: Batch, *, image_id: int, end_id: int) -> torch.Tensor:
     closed = np.maximum.accumulate(np.where(ids == end_id, place, -1))
     closed = np.concatenate([[-1], closed[:-1]])  # before this token: the end_id itself is asked for
     belongs = (picture >= first) & (closed < picture)
-    labels = batch["labels"]
+    labels = batch["text_labels"]
     return torch.where(torch.from_numpy(belongs).view_as(labels), labels, IGNORED)

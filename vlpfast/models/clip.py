@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlpfast.nn.text import TextConfig, TextTower
 from vlpfast.nn.vit import ViT, ViTConfig
 from vlpfast.ops.contrastive import sharded_clip_loss
-from vlpfast.types import Batch, DataSpec, ImageSpec, Progress, TextSpec, UserError
+from vlpfast.types import Batch, DataSpec, ImageSpec, Progress, TextSpec, UserError, Vocabulary
 
 
 class CLIP(nn.Module):
@@ -42,6 +42,9 @@ class CLIP(nn.Module):
         embed_dim: int = 512
         logit_scale_init: float = math.log(1 / 0.07)  # log of the factor on the cosines
         data: DataSpec = field(default_factory=DataSpec)  # also fixes the towers' picture size and context length
+
+        def vocabularies(self) -> dict[str, Vocabulary]:
+            return {"": Vocabulary(self.text.vocab_size, eos_id=self.text.eos_id)}
 
         @classmethod
         def paper(cls) -> CLIP.Config:
@@ -93,7 +96,7 @@ class CLIP(nn.Module):
         features = self.text_projection(self.text.pool(self.text(text), text))
         return F.normalize(features.float(), dim=-1)
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, progress: Progress) -> None:
         with torch.no_grad():
             self.logit_scale.clamp_(max=math.log(100))
 

@@ -247,7 +247,7 @@ class Trainer:
             waited = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - waited
-            progress = Progress(position.stage_step, steps)
+            progress = Progress(position.stage_step, steps, position.stage_step / len(loader))
             if uncounted := self._speed.stage != name:
                 self._speed.begin_stage(name, stage, batch, progress)
                 mark = time.perf_counter() - waited
@@ -295,7 +295,7 @@ class Trainer:
         lr = learning_rate(progress.step, progress.steps, train)
         set_learning_rate(optimizer, lr)
         if isinstance(model, BeforeStep):
-            model.before_step(progress.step)
+            model.before_step(progress)
         divided = 0 < train.micro_batch < self._samples
         with self._weights, self._speed.counting():
             if divided:
