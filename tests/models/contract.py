@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from vlpfast import models
 from vlpfast.types import Batch, DataSpec, Progress, TextSpec
 
-PAD, BOS, EOS, WORDS = 0, 1, 2, range(3, 60)  # the ids of every tokenizer trained here, as the tiny presets expect them
+PAD, BOS, EOS, MASK, WORDS = 0, 1, 2, 3, range(4, 60)  # the ids of every tokenizer trained here, as the tiny presets expect them
+CLASSES = 5  # names of a TargetSpec that has none of its own
 
 
 @dataclass
@@ -34,16 +35,26 @@ def build(name: str) -> nn.Module:
 
 
 def make_batch(data: DataSpec, size: int, *, seed: int = 0) -> Batch:
-    """Random pictures, captions of random length, videos and sounds, as a loader with this DataSpec would yield them."""
-    known = {"image", "text", "video", "audio"}
-    unknown = {field.name for field in fields(data) if getattr(data, field.name) is not None} - known
+    """Random pictures, texts of random length, targets, videos and sounds, as a training loader with this DataSpec would yield
+    them."""
+    known = {"image", "text", "texts", "targets", "video", "audio"}
+    unknown = {field.name for field in fields(data) if getattr(data, field.name)} - known
     assert not unknown, f"make_batch cannot make {unknown}: teach it"
     generator = torch.Generator().manual_seed(seed)
     batch: Batch = {}
-    if data.image is not None:
-        batch["image"] = torch.randn(size, 3, data.image.size, data.image.size, generator=generator)
-    if data.text is not None:
-        batch["text"], batch["text_mask"] = captions(data.text, size, generator)
+    if (image := data.image) is not None:
+        views = [sum(view.count for view in image.views)] if image.views else []
+        batch["image"] = torch.randn(size, *views, 3, image.size, image.size, generator=generator)
+        if image.local_views:
+            local = sum(view.count for view in image.local_views)
+            batch["image_local"] = torch.randn(size, local, 3, image.local_size, image.local_size, generator=generator)
+    for name, spec in texts_of(data).items():
+        batch |= captions(name, spec, size, generator)
+    for name, target in data.targets.items():
+        if target.kind == "class":
+            batch[name] = torch.randint(len(target.classes) or CLASSES, (size,), generator=generator)
+        else:
+            batch[name] = torch.rand((size, 4) if target.kind == "vector" else (size,), generator=generator)
     if (video := data.video) is not None:
         batch["video"] = torch.randn(size, video.frames, 3, video.size, video.size, generator=generator)
         batch["frame_times"] = torch.rand(size, video.frames, generator=generator).cumsum(1)
@@ -59,15 +70,50 @@ def make_batch(data: DataSpec, size: int, *, seed: int = 0) -> Batch:
     return batch
 
 
-def captions(spec: TextSpec, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ids [size, L] and mask [size, L]: bos, 1 to L - 4 words, eos, so that at least two positions are padding everywhere."""
+def texts_of(data: DataSpec) -> dict[str, TextSpec]:
+    return ({} if data.text is None else {"text": data.text}) | data.texts
+
+
+def captions(name: str, spec: TextSpec, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Ids [rows, L] and mask [rows, L]: bos, 2 to L - 4 words, eos, so that at least two positions are padding everywhere."""
+    fields = {}
+    rows = size
+    if spec.every:  # one to three rows a sample
+        counts = torch.randint(1, 4, (size,), generator=generator)
+        fields[f"{name}_of"] = torch.arange(size).repeat_interleave(counts)
+        rows = len(fields[f"{name}_of"])
+        fields[f"{name}_weight"] = torch.rand(rows, generator=generator)
     length = spec.context_length
-    words = torch.randint(1, length - 3, (size, 1), generator=generator)  # [size, 1]
+    words = torch.randint(2, length - 3, (rows, 1), generator=generator)  # [rows, 1]
     position = torch.arange(length)  # [L]
-    text = torch.randint(WORDS.start, WORDS.stop, (size, length), generator=generator)
+    text = torch.randint(WORDS.start, WORDS.stop, (rows, length), generator=generator)
     text[:, 0] = BOS
     text = text.masked_fill(position == words + 1, EOS).masked_fill(position > words + 1, PAD)
-    return text, position <= words + 1
+    mask = position <= words + 1
+    fields |= {name: text, f"{name}_mask": mask}
+    if spec.mask is not None:
+        ordinary = mask & (text >= WORDS.start)
+        hidden = ordinary & (torch.rand(text.shape, generator=generator) < 0.3) | ordinary & (position == 1)
+        fields[f"{name}_masked"] = text.masked_fill(hidden, MASK)
+        fields[f"{name}_labels"] = text.masked_fill(~hidden, -100)
+    if spec.answer:  # the second half of the words and eos
+        fields[f"{name}_labels"] = text.masked_fill(~mask | (position <= (words + 1) // 2), -100)
+    return fields
+
+
+def pick(batch: Batch, samples: Tensor) -> Batch:
+    """The batch of these samples, in this order; texts with any number of rows a sample with the rows of these."""
+    ragged = {key.removesuffix("_of"): value for key, value in batch.items() if key.endswith("_of")}
+    out: Batch = {}
+    for key, value in batch.items():
+        owner = next((of for name, of in ragged.items() if key == name or key.startswith(f"{name}_")), None)
+        if owner is None:
+            out[key] = value[samples]
+            continue
+        rows = torch.cat([(owner == sample).nonzero().flatten() for sample in samples])
+        moved = (owner[rows][:, None] == samples).int().argmax(1)  # the new number of the sample that a row belongs to
+        out[key] = moved if key.endswith("_of") else value[rows]
+    return out
 
 
 def optimizer_for(model: nn.Module, lr: float = 1e-3) -> torch.optim.AdamW:

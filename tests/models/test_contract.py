@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import CASES, build, losses_of, make_batch, optimizer_for, snapshot, train
+from contract import CASES, build, losses_of, make_batch, optimizer_for, pick, snapshot, texts_of, train
 from torch import Tensor
 
 from vlpfast import models, types
@@ -101,15 +101,18 @@ def test_padding_and_order_change_nothing(name: str) -> None:
     batch = make_batch(model.config.data, 6)
     expected = losses_of(model, batch)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    shuffled: Batch = {key: value[order] for key, value in batch.items()}
+    shuffled = pick(batch, order)
     torch.testing.assert_close(losses_of(model, shuffled), expected)
-    if "text" in batch:
-        longest = int(batch["text_mask"].sum(1).max())
-        assert longest < batch["text"].shape[1]
-        cut: Batch = {**batch, "text": batch["text"][:, :longest], "text_mask": batch["text_mask"][:, :longest]}
+    for text in texts_of(model.config.data):
+        fields = [field for field in (text, f"{text}_mask", f"{text}_masked", f"{text}_labels") if field in batch]
+        longest = int(batch[f"{text}_mask"].sum(1).max())
+        assert longest < batch[text].shape[1]
+        cut: Batch = {**batch, **{field: batch[field][:, :longest] for field in fields}}
         torch.testing.assert_close(losses_of(model, cut), expected)
-        other: Batch = {**batch, "text": batch["text"].masked_fill(~batch["text_mask"], 7)}
-        torch.testing.assert_close(losses_of(model, other), expected)
+        padded = {
+            field: batch[field].masked_fill(~batch[f"{text}_mask"], 7) for field in fields if field in (text, f"{text}_masked")
+        }
+        torch.testing.assert_close(losses_of(model, {**batch, **padded}), expected)
 
 
 @every_model
@@ -204,7 +207,7 @@ def test_protocols(name: str) -> None:
         check_encoder(model.encode_text, [batch["text"], batch["text_mask"]])
         torch.testing.assert_close(model.encode_text(batch["text"]), model.encode_text(batch["text"], batch["text_mask"]))
     if isinstance(model, types.SplitsContrastive):
-        parts = [model.encode({key: value[rows] for key, value in batch.items()}) for rows in ([0, 1], [2], [3, 4])]
+        parts = [model.encode(pick(batch, torch.tensor(rows))) for rows in ([0, 1], [2], [3, 4])]
         joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         expected = losses_of(model, batch)
         got = model.contrast(joined)
