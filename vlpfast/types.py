@@ -22,7 +22,7 @@ class Batch(TypedDict, total=False):
     """One batch, as every loader yields it and every model's forward takes it. Fields a model does not ask for are absent."""
 
     image: Tensor  # [B, 3, S, S] float32, normalised with the DataSpec's mean and std; [B, V, 3, S, S] of several views. Of
-    #                several pictures a sample (ImageSpec.pictures), they stand behind B in image, image_local, crop, crop_local, warp
+    #                several pictures a sample (ImageSpec.pictures) they stand behind B, as in image_local, crop, crop_local, warp
     image_local: Tensor  # [B, V, 3, s, s] the local views
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token

@@ -19,7 +19,6 @@ from vlpfast.data.shards import IMAGE_EXTENSIONS
 from vlpfast.data.views import VIEW_DRAWS, View, plan_view, view_specs
 from vlpfast.types import ImageSpec, UserError, ViewSpec
 
-
 _PICTURE_DRAWS = 1 << 48  # picture p of sample i draws what sample i + p * this would
 
 
