@@ -69,9 +69,10 @@ class TextTower(nn.Module):
     def encode_prompts(self, prefix: Tensor, tails: Tensor, end: Tensor, *, chunk: int = 256) -> Tensor:
         """What `run` and a read-out would make of T x C prompts, prompt (t, c) being prefix t and then tail c; exact.
 
-        Under a causal mask the prefix is the same in every prompt it begins, layer by layer: it runs once, and the tails attend to
-        its keys and values, which are not copied; their gradients are sums over the tails. The last block runs for the end tokens
-        alone. CoOp (Zhou et al. 2022): one prefix, start token and context, for all class names. CoCoOp: a prefix for each picture.
+        Under a causal mask the prefix is the same in every prompt it begins, layer by layer: it runs once, and the tails attend
+        to its keys and values, which are not copied; their gradients are sums over the tails. The last block runs for the end
+        tokens alone. CoOp (Zhou et al. 2022): one prefix, start token and context, for all class names. CoCoOp: one for each
+        picture.
 
         prefix [T, P, width] and tails [C, L, width], or [T, C, L, width] where they differ too: token embeddings without
         positions, P + L at most context_length; end [C] int64: the place of each end token in its tail.
