@@ -36,6 +36,7 @@ def dry_run(config: RunConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="vlpfast-dry-run-") as folder:
         tokenizers = assemble.build_tokenizers(config, sources.train, Path(folder))
     model = assemble.build_model(config)
+    assemble.give_classes(config, model, tokenizers, sources)
     speed = Speed(model, world.device, autocast_dtype(config.train.precision, world.device))
     for number, (name, stage) in enumerate(config.stage_list()):
         with _first_batch(config, sources, tokenizers, world, name, stage) as batch:
