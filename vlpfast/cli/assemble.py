@@ -33,7 +33,7 @@ from vlpfast.training import config as settings
 from vlpfast.training.config import DataConfig, RunConfig, Stage
 from vlpfast.training.parallel import World
 from vlpfast.training.rng import seed_everything
-from vlpfast.types import DataSpec, Loader, TargetSpec, Tokenizer, UserError
+from vlpfast.types import DataSpec, Loader, TakesClasses, TargetSpec, Tokenizer, UserError
 
 __all__ = ["build_tokenizers", "load_tokenizers"]  # beside what is here
 
@@ -144,6 +144,19 @@ def open_loader(
         window=data.window,
         ahead=data.ahead,
     )
+
+
+def give_classes(config: RunConfig, model: nn.Module, tokenizers: Mapping[str, Tokenizer], sources: Sources) -> None:
+    """Tells a model that works on class names those of the last stage's data. UserError: nobody has named them."""
+    if not isinstance(model, TakesClasses):
+        return
+    data = settings.stage_data(config, *config.stage_list()[-1])
+    sources = sources if data == config.data else prepare_data(config, data)
+    target = data_spec(config).targets.get("label", TargetSpec())
+    names = target.classes or sources.class_names
+    if not names:
+        raise UserError(f"evaluation.class_names: expected a file of the classes that {config.model.name} works on, got none")
+    model.set_classes(names if data.classes == "all" else split_classes(names, data.classes), tokenizers[""])
 
 
 def data_spec(config: RunConfig) -> DataSpec:

@@ -88,11 +88,13 @@ def main(argv: list[str]) -> int:
         sources = world.in_turn(lambda: assemble.prepare_data(config))
         tokenizers = world.in_turn(lambda: assemble.build_tokenizers(config, sources.train, run_dir, world.is_first))
         model = assemble.build_model(config)
+        assemble.give_classes(config, model, tokenizers, sources)
         last = assemble.Evaluation({}, None, None)
 
         def on_evaluate(step: int) -> dict[str, float]:
             nonlocal last
             last = assemble.evaluate(config, model, tokenizers, sources, world.device, rank=world.rank, ranks=world.size)
+            assemble.give_classes(config, model, tokenizers, sources)  # evaluation may have others
             return last.metrics
 
         profiler = None
