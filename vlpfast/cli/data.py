@@ -123,7 +123,7 @@ Makes shards OUT/PREFIX-000000.tar ... from SRC, with an index each. KIND says w
   videos     mp4, webm, mkv, avi, mov with .txt or .json beside
   audio      wav, flac, ogg, mp3 with .txt or .json beside
   dicom      a folder of DICOM series
-  nifti      .nii and .nii.gz with .txt or .json beside
+  nifti      .nii and .nii.gz with .txt or .json beside, and with label maps of the same shape and place (--labels)
   meshes     obj, ply, stl, off, glb, gltf with .txt or .json beside
 
 Inputs that cannot be used are skipped, counted, and listed with the reason in OUT/skipped.jsonl. Paths that lead out of SRC, by
@@ -138,6 +138,7 @@ examples:
   vlpfast-data build table cc3m.parquet data/cc3m --picture image --caption caption --drop url
   vlpfast-data build table pairs.tsv data/pairs --picture path --caption title --pictures photos/
   vlpfast-data build text wiki.jsonl.gz data/wiki --caption text --samples-per-shard 10000
+  vlpfast-data build nifti Dataset003_Liver/ data/liver --no-captions --labels 'imagesTr/{}_0000.nii.gz' 'labelsTr/{}.nii.gz'
 """
 
 
@@ -173,6 +174,12 @@ def _add_build(commands) -> None:
     option("--pictures", metavar="FOLDER", help="table, documents: where paths start (the folder of the table or document)")
     option("--min-similarity", type=float, metavar="X", help="documents: leave out MMC4's pictures with a lower matched_sim")
     option("--points", type=_positive, metavar="N", help="meshes: points drawn from the surface (8192)")
+    option(
+        "--labels",
+        nargs=2,
+        metavar=("VOLUME", "LABELS"),
+        help="nifti: each volume has a label map; names of both, with {} for what they share, and the folder if it differs",
+    )
     add.set_defaults(command=_build)
 
 
@@ -181,7 +188,9 @@ def _build(arguments: argparse.Namespace) -> int:
     from vlpfast.data.inputs import Options
 
     names = {field.name for field in dataclasses.fields(Options)}
-    given = {name: tuple(value) if name == "drop" else value for name, value in vars(arguments).items() if name in names}
+    given = {
+        name: tuple(value) if name in ("drop", "labels") else value for name, value in vars(arguments).items() if name in names
+    }
     report = build(
         arguments.kind,
         arguments.src,

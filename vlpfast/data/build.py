@@ -134,6 +134,8 @@ def _root(kind: str, src: str, options: Options) -> tuple[str, Options]:
     for field in dataclasses.fields(Options):
         if getattr(options, field.name) != field.default and field.name not in known:
             raise UserError(f"build: {kind} have no use for {field.name}={getattr(options, field.name)!r}")
+    if options.labels:
+        _check_labels(options.labels)
     if kind == "text" and options.caption == "caption":
         changes["caption"] = "text"
     if options.pictures:
@@ -146,6 +148,16 @@ def _root(kind: str, src: str, options: Options) -> tuple[str, Options]:
     elif not os.path.isdir(src):
         raise UserError(f"build: {src} is no folder" + (" and no file" if kind in ("table", "text", "documents") else ""))
     return src, dataclasses.replace(options, **changes)
+
+
+def _check_labels(patterns: tuple[str, ...]) -> None:
+    if len(patterns) != 2 or not all("{}" in name and name.endswith((".nii", ".nii.gz")) for name in patterns):
+        raise UserError(
+            "build: --labels: expected two names of files with {} for what a volume's and its label map's have in common, such as "
+            f"imagesTr/{{}}_0000.nii.gz labelsTr/{{}}.nii.gz, got {' '.join(map(repr, patterns))}"
+        )
+    if patterns[0] == patterns[1]:
+        raise UserError(f"build: --labels: {patterns[0]!r} names both the volume and its label map")
 
 
 @contextlib.contextmanager

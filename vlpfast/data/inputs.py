@@ -39,6 +39,7 @@ class Options:
     pictures: str = ""  # the folder that paths in tables and documents start from; empty: that of the table
     min_similarity: float = 0.0  # pictures of an MMC4 document below it are left out
     points: int = 8192  # points drawn from a mesh
+    labels: tuple[str, ...] = ()  # names of volumes, names of their label maps, {} for what they share; empty: none have any
     only: str = ""  # the one file of the root that is read
 
 

@@ -9,6 +9,7 @@ import importlib
 import io
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -315,6 +316,26 @@ def _plan_files(extensions: tuple[str, ...]) -> Callable[[str, Options], Iterato
     return plan
 
 
+def _plan_nifti(root: str, options: Options) -> Iterator[Task]:
+    """Every NIfTI file, but for the label maps of others. The payload's last part is the volume's label map, "" without
+    options.labels."""
+    volumes, maps = options.labels or ("", "")
+    for task in _plan_files(("nii.gz", "nii"))(root, options):
+        path = task.payload[0]
+        if options.labels and (of := partner(maps, volumes, path)) and os.path.isfile(os.path.join(root, of)):
+            continue
+        yield Task(task.source, (*task.payload, partner(volumes, maps, path) if options.labels else ""))
+
+
+def partner(ours: str, theirs: str, path: str) -> str:
+    """The file whose name is to the pattern `theirs` what the end of `path` is to the pattern `ours`; "" if that does not fit.
+
+    {} in a pattern stands for the same characters each time, without a slash; at least one."""
+    first, *rest = (re.escape(part) for part in ours.split("{}"))
+    fits = re.fullmatch(r"((?:.*/)?)" + first + "([^/]+)" + r"\2".join(rest), path, re.DOTALL)
+    return fits[1] + theirs.replace("{}", fits[2]) if fits else ""
+
+
 def _plan_dicom(root: str, options: Options) -> Iterator[Task]:
     """An input for each folder that holds files."""
     for folder, _ in itertools.groupby(files(root), key=os.path.dirname):
@@ -322,7 +343,7 @@ def _plan_dicom(root: str, options: Options) -> Iterator[Task]:
 
 
 def _with_sidecars(root: str, task: Task, options: Options, made: Mapping[str, bytes]) -> Sample:
-    path, stem, *notes = task.payload
+    path, stem, *notes = task.payload[:4]
     members, record = sidecars(root, path, notes, options.max_caption, options.captions)
     if "json" in made:
         record = {**record, **parse(made["json"])}
@@ -332,7 +353,15 @@ def _with_sidecars(root: str, task: Task, options: Options, made: Mapping[str, b
 
 def _make_nifti(root: str, task: Task, options: Options) -> Iterator[Sample]:
     convert = _function("medical", "nifti", "NIfTI")
-    yield _with_sidecars(root, task, options, convert(inside(root, task.payload[0])))
+    volume, _, _, _, labels = task.payload
+    if not options.labels:
+        yield _with_sidecars(root, task, options, convert(inside(root, volume)))
+        return
+    if not labels:
+        raise DamagedSample(f"its name does not fit {options.labels[0]} (--labels)")
+    if not os.path.lexists(os.path.join(root, labels)):
+        raise DamagedSample(f"it has no label map {shown(labels)}")
+    yield _with_sidecars(root, task, options, convert(inside(root, volume), labels=inside(root, labels)))
 
 
 def _make_mesh(root: str, task: Task, options: Options) -> Iterator[Sample]:
@@ -356,6 +385,6 @@ KINDS = {
     "videos": Kind(_plan_videos, _make_media(video_info, "video"), 1, 10_000, (), ("av", "video")),
     "audio": Kind(_plan_audio, _make_media(audio_info, "audio"), 4, 10_000, (), ("soundfile", "audio")),
     "dicom": Kind(_plan_dicom, _make_dicom, 1, 10_000, (), ("pydicom", "medical")),
-    "nifti": Kind(_plan_files(("nii.gz", "nii")), _make_nifti, 1, 10_000, (), ("nibabel", "medical")),
+    "nifti": Kind(_plan_nifti, _make_nifti, 1, 10_000, ("labels",), ("nibabel", "medical")),
     "meshes": Kind(_plan_files(_MESHES), _make_mesh, 4, 10_000, ("points",), ("trimesh", "points")),
 }
