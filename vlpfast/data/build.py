@@ -153,7 +153,7 @@ def _root(kind: str, src: str, options: Options) -> tuple[str, Options]:
 def _check_labels(patterns: tuple[str, ...]) -> None:
     if len(patterns) != 2 or not all("{}" in name and name.endswith((".nii", ".nii.gz")) for name in patterns):
         raise UserError(
-            "build: --labels: expected two names of files with {} for what a volume's and its label map's have in common, such as "
+            "build: --labels: expected two names of files with {} for what a volume's and its label map's have in common, as "
             f"imagesTr/{{}}_0000.nii.gz labelsTr/{{}}.nii.gz, got {' '.join(map(repr, patterns))}"
         )
     if patterns[0] == patterns[1]:

@@ -34,7 +34,8 @@ def nifti(
     """A .nii or .nii.gz -> members `vol` and `json`, brought to the axes that are closest to RAS.
 
     labels: a file of whole numbers 0 .. 255, of the same shape, and the same affine to a tenth of a voxel. fill: the value of
-    voxels that are no number; None refuses them. modality, threshold: as encode_volume takes them. Raises UserError if nibabel is missing, DamagedSample.
+    voxels that are no number; None refuses them. modality, threshold: as encode_volume takes them. Raises UserError if nibabel
+    is missing, DamagedSample.
     """
     nibabel = require("nibabel", "NIfTI")
     stored, affine, slope, intercept = _read_nifti(nibabel, path)
