@@ -12,6 +12,7 @@ from vlpfast.cli import data
 from vlpfast.data import ShardSet, make_loader
 from vlpfast.data.build import build
 from vlpfast.data.inputs import Options
+from vlpfast.data.medical import series_key
 from vlpfast.data.sources import partner
 from vlpfast.data.volume_file import read_header, read_labels
 from vlpfast.types import DataSpec, UserError, VolumeSpec
@@ -150,3 +151,175 @@ def test_patterns_that_are_refused(tmp_path: Path, labels: tuple[str, ...], mess
         build("nifti", tmp_path, tmp_path.parent / "out", Options(labels=labels))
     with pytest.raises(UserError, match="meshes have no use for labels="):
         build("meshes", tmp_path, tmp_path.parent / "out", Options(labels=LAYOUTS["MSD"]))
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------------
+
+
+def series(folder: Path, number: int, *, slices: int = 3, **changes: str | None) -> str:
+    """Slices of a CT series, all voxels `number`, in the study 1.7 -> its key. changes: of what identifies them, None: absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uid = f"1.2.46.{number}"
+    for place in range(slices):
+        ds = pydicom.Dataset()
+        ds.file_meta = pydicom.dataset.FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = pydicom.uid.CTImageStorage
+        ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = f"{uid}.{place}"
+        ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.Modality = uid, f"1.7.{number}", "CT"
+        ds.PatientID, ds.AccessionNumber, ds.PatientName = f"ID-{number}", f"ACC-{number}", "DOE^JANE"
+        ds.ImagePositionPatient, ds.ImageOrientationPatient, ds.PixelSpacing = [0, 0, place], [1, 0, 0, 0, 1, 0], [1, 1]
+        ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = 2, 2, 1, "MONOCHROME2"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+        ds.PixelData = np.full((2, 2), number, np.uint16).tobytes()
+        for name, value in changes.items():
+            setattr(ds, name, value)
+            if value is None:
+                del ds[name]
+        ds.save_as(folder / f"{number}_{place}.dcm", enforce_file_format=True)
+    return series_key(uid)
+
+
+def put(path: Path, content: str) -> str:
+    path.write_text(content)
+    return str(path)
+
+
+VALUES = {"StudyInstanceUID": "1.7.{}", "SeriesInstanceUID": "1.2.46.{}", "AccessionNumber": "ACC-{}", "PatientID": "ID-{}"}
+
+
+@pytest.mark.parametrize("by", VALUES)
+def test_reports_by_each_identifier(tmp_path: Path, by: str) -> None:
+    """Each series gets its own, and nothing of the identifier."""
+    keys = {number: series(tmp_path / "src" / f"{number}", number) for number in (1, 2, 3)}
+    rows = [f'{VALUES[by].format(number)} ,"Findings, ""{number}""\n none."' for number in (3, 1, 2, 9)]
+    table = put(tmp_path / "reports.csv", "\n".join([f"{by},caption", *rows]))
+    report = build("dicom", tmp_path / "src", tmp_path / "out", Options(reports=table, by=by))
+    assert (report.samples, report.skipped) == (3, 0)
+    found = contents(tmp_path / "out")
+    assert {key: members["txt"].decode() for key, members in found.items()} == {
+        keys[number]: f'Findings, "{number}"\n none.' for number in (1, 2, 3)
+    }
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    for number in (1, 2, 3):
+        for value in VALUES.values():
+            assert value.format(number).encode() not in everything
+    assert set(found[keys[1]]) == {"vol", "txt", "json"}
+
+
+def test_reports_of_every_kind_of_table(tmp_path: Path) -> None:
+    """Identifiers that a table holds as numbers are found, a text that looks like one is not taken for it."""
+    pyarrow = pytest.importorskip("pyarrow", reason="waits for the package pyarrow")
+    import gzip
+
+    from pyarrow import parquet
+
+    for number, accession in ((1, "17"), (2, "0017")):
+        series(tmp_path / "src" / f"{number}", number, AccessionNumber=accession)
+    options = {"by": "AccessionNumber", "key": "acc", "caption": "text"}
+    lines = '{"acc": 17, "text": "seventeen"}\n\n{"acc": "0017", "text": "another"}\n{"acc": null, "text": "of none"}\n'
+    tables = {
+        "tsv": lambda path: put(path, "acc\ttext\n17\tseventeen\n0017\tanother\n"),
+        "jsonl": lambda path: put(path, lines),
+        "jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines.encode())),
+        "parquet": lambda path: parquet.write_table(
+            pyarrow.table({"acc": [17.0, float("nan"), None], "text": ["seventeen", None, "of none"]}), path
+        ),
+    }
+    for kind, write in tables.items():
+        path = tmp_path / f"reports.{kind}"
+        write(path)
+        build("dicom", tmp_path / "src", tmp_path / kind, Options(reports=str(path), **options))
+        texts = [members["txt"] for members in contents(tmp_path / kind).values()]
+        assert texts == ([b"seventeen", b"another"] if kind != "parquet" else [b"seventeen"]), kind
+
+
+def test_studies_without_a_report(tmp_path: Path) -> None:
+    """Each is counted, also where several lie in one folder; with --no-captions they are taken, but none that is ambiguous."""
+    src = tmp_path / "src"
+    keys = [series(src / ("a" if number < 4 else "b"), number) for number in range(6)]
+    mixed = series(src / "b", 6)
+    series(src / "b", 6, slices=1, StudyInstanceUID="1.8")
+    absent = series(src / "c", 7, StudyInstanceUID=None)
+    rows = [
+        "1.7.0,whole",
+        "1.7.1, ",
+        "1.7.3,one",
+        "1.7.3,another",
+        "1.7.4,same",
+        "1.7.4,same",
+        "1.7.5,much too long",
+        ",nobody's",
+    ]
+    table = put(tmp_path / "reports.csv", "\n".join(["StudyInstanceUID,caption", *rows]))
+    report = build("dicom", src, tmp_path / "out", Options(reports=table, max_caption=8))
+    assert (report.samples, report.skipped) == (2, 6)
+    assert {key: members["txt"] for key, members in contents(tmp_path / "out").items()} == {keys[0]: b"whole", keys[4]: b"same"}
+    reasons = {
+        keys[1]: "its report is empty",
+        keys[2]: "no report for its StudyInstanceUID",
+        keys[3]: "the table has several reports for its StudyInstanceUID",
+        keys[5]: "the caption has 13 characters, more than 8 (--max-caption)",
+        mixed: "its files have 2 different StudyInstanceUID",
+        absent: "it has no StudyInstanceUID, by which its report would be found",
+    }
+    found = skipped(tmp_path / "out")
+    assert [source for source, _ in found] == ["a", "a", "a", "b", "b", "c"]
+    for (key, reason), (_, said) in zip(reasons.items(), found, strict=True):
+        assert said.startswith(f"series {key} (") and said.endswith(f"): {reason}")
+    command = ["build", "dicom", str(src), str(tmp_path / "all"), "--reports", table, "--no-captions", "--workers", "1"]
+    assert data.main([*command, "--by", "StudyInstanceUID"]) == 0
+    found = contents(tmp_path / "all")
+    assert set(found) == {keys[i] for i in (0, 1, 2, 4, 5)} | {absent}
+    assert [keys.index(key) for key, members in found.items() if "txt" in members] == [0, 4, 5]
+
+
+def test_any_number_of_workers_joins_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlpfast.data.build._FEW", 64)  # two inputs are enough for workers
+    for number in range(4):
+        series(tmp_path / "src" / f"{number}", number)
+    table = put(tmp_path / "reports.csv", "\n".join(["PatientID,caption", *(f"ID-{n},report {n}" for n in (0, 1, 3))]))
+    for workers in (1, 2):
+        build("dicom", tmp_path / "src", tmp_path / f"{workers}", Options(reports=table, by="PatientID"), workers=workers)
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("1", "2"))
+    assert first == second and len(contents(tmp_path / "2")) == 3
+
+
+def test_a_table_that_has_changed_is_another_build(tmp_path: Path) -> None:
+    for number in range(3):
+        series(tmp_path / "src" / f"{number}", number)
+    table = put(tmp_path / "reports.csv", "StudyInstanceUID,caption\n1.7.0,one\n1.7.1,two\n")
+    build("dicom", tmp_path / "src", tmp_path / "out", Options(reports=table))
+    put(tmp_path / "reports.csv", "StudyInstanceUID,caption\n1.7.0,two\n1.7.1,one\n")
+    with pytest.raises(UserError, match="holds a build with another reports"):
+        build("dicom", tmp_path / "src", tmp_path / "out", Options(reports=table))
+    build("dicom", tmp_path / "src", tmp_path / "new", Options(reports=table))
+    assert [members["txt"] for members in contents(tmp_path / "new").values()] == [b"two", b"one"]
+
+
+def test_tables_that_are_refused(tmp_path: Path) -> None:
+    series(tmp_path / "src", 1)
+
+    def fails(message: str, content: str = "", name: str = "r.csv", **options: object) -> None:
+        if content:
+            put(tmp_path / name, content)
+        with pytest.raises(UserError, match=message):
+            build("dicom", tmp_path / "src", tmp_path / "out", Options(**{"reports": str(tmp_path / name), **options}))
+
+    good = "StudyInstanceUID,caption\n1.7.1,fine\n"
+    fails(r"--reports: .*none.csv cannot be read: No such file", name="none.csv")
+    fails(r"--reports: expected a CSV, TSV, Parquet or JSONL file, got .*r.txt", good, "r.txt")
+    fails("--by: expected one of StudyInstanceUID, .*, PatientID, got 'StudyID'", good, by="StudyID")
+    fails(r"has no column 'PatientID' \(--key, --by\); it has StudyInstanceUID, caption", good, by="PatientID")
+    fails(r"has no column 'study' \(--key\)", good, key="study")
+    fails(r"has no column 'text' \(--caption\)", good, caption="text")
+    fails("several columns 'caption'", "StudyInstanceUID,caption,caption\n1,2,3\n")
+    fails("r.csv, row 2: the row has 3 columns, the head has 2", good + "1,2,3\n")
+    fails("r.jsonl, row 2: the json cannot be parsed", '{"StudyInstanceUID": "1", "caption": "x"}\n{', "r.jsonl")
+    fails("r.jsonl, row 1, has no column 'caption'", '{"StudyInstanceUID": "1"}\n', "r.jsonl")
+    fails("r.jsonl, row 1: 'caption' is list", '{"StudyInstanceUID": "1", "caption": []}\n', "r.jsonl")
+    fails("r.jsonl.gz cannot be read", "no gzip", "r.jsonl.gz")
+    fails("nothing was built .* no report for its", good.replace("1.7.1", "1.7.2"))
+    fails("--by, --key and --caption say how --reports are to be read", reports="", by="PatientID")
+    with pytest.raises(UserError, match="nifti have no use for reports="):
+        build("nifti", tmp_path / "src", tmp_path / "out", Options(reports=str(tmp_path / "r.csv")))

@@ -122,7 +122,8 @@ Makes shards OUT/PREFIX-000000.tar ... from SRC, with an index each. KIND says w
              {"parts": [{"text": "..."}, {"image": "PATH"}, ...]}
   videos     mp4, webm, mkv, avi, mov with .txt or .json beside
   audio      wav, flac, ogg, mp3 with .txt or .json beside
-  dicom      a folder of DICOM series
+  dicom      a folder of DICOM series; their reports can come from a table (--reports): they are taken as they are, so nothing
+             in them should name the patient; the identifier that they are found by is not stored
   nifti      .nii and .nii.gz with .txt or .json beside, and with label maps of the same shape and place (--labels)
   meshes     obj, ply, stl, off, glb, gltf with .txt or .json beside
 
@@ -138,6 +139,7 @@ examples:
   vlpfast-data build table cc3m.parquet data/cc3m --picture image --caption caption --drop url
   vlpfast-data build table pairs.tsv data/pairs --picture path --caption title --pictures photos/
   vlpfast-data build text wiki.jsonl.gz data/wiki --caption text --samples-per-shard 10000
+  vlpfast-data build dicom scans/ data/scans --reports reports.csv --by AccessionNumber --caption findings
   vlpfast-data build nifti Dataset003_Liver/ data/liver --no-captions --labels 'imagesTr/{}_0000.nii.gz' 'labelsTr/{}.nii.gz'
 """
 
@@ -168,12 +170,22 @@ def _add_build(commands) -> None:
     option("--no-decode", dest="decode", action="store_false", help="look at the pictures' headers alone: much faster")
     option("--template", metavar="TEXT", help="classes: the caption, {} stands for the class ('a photo of a {}')")
     option("--picture", metavar="COLUMN", help="table: the column of pictures (image)")
-    option("--caption", metavar="COLUMN", help="table, text: the column or field of captions (caption; text)")
-    option("--key", metavar="COLUMN", help="table: the column of keys (file and row)")
+    option(
+        "--caption",
+        metavar="COLUMN",
+        help="table, text, dicom: the column or field of captions or reports (caption; of text, text)",
+    )
+    option("--key", metavar="COLUMN", help="table: the column of keys (file and row); dicom: that of identifiers (as --by)")
     option("--drop", metavar="COLUMN", action="append", help="table: a column to leave out of the JSON; may be repeated")
     option("--pictures", metavar="FOLDER", help="table, documents: where paths start (the folder of the table or document)")
     option("--min-similarity", type=float, metavar="X", help="documents: leave out MMC4's pictures with a lower matched_sim")
     option("--points", type=_positive, metavar="N", help="meshes: points drawn from the surface (8192)")
+    option("--reports", metavar="FILE", help="dicom: a CSV, TSV, Parquet or JSONL table; its reports become the captions")
+    option(
+        "--by",
+        metavar="TAG",
+        help="dicom: what reports are found by: StudyInstanceUID, SeriesInstanceUID, AccessionNumber, PatientID (the first)",
+    )
     option(
         "--labels",
         nargs=2,
