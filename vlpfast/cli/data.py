@@ -86,10 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write each damaged shard anew with its whole samples, and keep the old one as NAME.tar.bad",
     )
-    add = _add(commands, _stats, "stats", "samples, bytes, sizes, durations, caption lengths, vocabulary, reading speed")
+    add = _add(commands, _stats, "stats", "samples, bytes, sizes, durations, bounds, caption lengths, vocabulary, speed")
     add.add_argument("--limit", type=_positive, default=10_000, metavar="N", help="samples to look at, spread evenly (10000)")
     add = _add(
-        commands, _preview, "preview", "a contact sheet of pictures with boxes, frames of videos, spectrograms, with captions"
+        commands,
+        _preview,
+        "preview",
+        "a contact sheet of pictures with boxes, frames, spectrograms, slices, point clouds, with captions",
     )
     add.add_argument("-o", "--output", default="preview.png", metavar="FILE", help=".png, or .html for any script (preview.png)")
     add.add_argument("--count", type=_positive, default=24, metavar="N", help="samples, spread evenly (24)")
@@ -322,6 +325,12 @@ def _stats(arguments: argparse.Namespace) -> int:
         print(f"seconds     {lengths[0]:.1f} to {lengths[-1]:.1f}, median {middle:.1f}, together {sum(lengths) / 3600:.2f} hours")
     if found.volumes:
         print(f"voxels      {_most(Counter({' x '.join(map(str, shape)): n for shape, n in found.volumes.items()}), 6)}")
+    if found.points:
+        counts = sorted(found.points)
+        coloured = f", {found.coloured} with colours {found.colours[0]:.4g} to {found.colours[1]:.4g}" if found.coloured else ""
+        print(f"points      {counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}, in {len(counts)} clouds{coloured}")
+        edges = zip("xyz", found.low, found.high, strict=True)
+        print(f"bounds      {', '.join(f'{axis} {low:.4g} to {high:.4g}' for axis, low, high in edges)}")
     if found.documents:
         print(f"documents   {found.documents}, with {found.document_pictures / found.documents:.1f} pictures each")
     print(f"captions    {len(found.words)}, {len(found.vocabulary)} different words")
@@ -329,7 +338,7 @@ def _stats(arguments: argparse.Namespace) -> int:
     if found.without_picture or found.without_caption:
         print(f"damaged     {found.without_picture} without a readable picture, {found.without_caption} without a caption")
     if found.damaged_media:
-        print(f"damaged     {found.damaged_media} videos, sounds or volumes that cannot be read")
+        print(f"damaged     {found.damaged_media} videos, sounds, volumes or point clouds that cannot be read")
     seconds = max(found.read_seconds, 1e-9)
     print(
         f"reading     {found.examined / seconds:,.0f} samples/s, {_bytes(found.read_bytes / seconds)}/s (bytes alone, 4 threads)"
