@@ -27,7 +27,9 @@ def read_header(content: np.ndarray) -> PointsInfo:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, by_columns, dtype = read(stream)
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # numpy raises whatever parsing the header as Python runs into
         raise DamagedSample(f"the points are no .npy file: {error}") from error
     if by_columns or len(shape) != 2 or shape[1] not in (3, 6) or dtype.kind != "f" or dtype.itemsize > 8:
         raise DamagedSample(f"points: expected rows of 3 or 6 floating-point numbers, got {dtype} {shape}")
