@@ -10,6 +10,7 @@ import pytest
 
 from vlpfast.cli import data
 from vlpfast.data import ShardSet, make_loader
+from vlpfast.data import build as building
 from vlpfast.data.build import build
 from vlpfast.data.inputs import Options
 from vlpfast.data.medical import series_key
@@ -283,6 +284,45 @@ def test_any_number_of_workers_joins_alike(tmp_path: Path, monkeypatch: pytest.M
         build("dicom", tmp_path / "src", tmp_path / f"{workers}", Options(reports=table, by="PatientID"), workers=workers)
     first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("1", "2"))
     assert first == second and len(contents(tmp_path / "2")) == 3
+
+
+def test_xrays_have_reports_too(tmp_path: Path) -> None:
+    plain = {"Modality": "DX", "ImagePositionPatient": None, "ImageOrientationPatient": None}
+    series(tmp_path / "src", 1, slices=2, **plain)
+    series(tmp_path / "src", 2, slices=1, **plain)
+    table = put(tmp_path / "reports.csv", "AccessionNumber,caption\nACC-1,two views\n")
+    report = build("dicom", tmp_path / "src", tmp_path / "out", Options(reports=table, by="AccessionNumber"))
+    assert (report.samples, report.skipped) == (2, 1)
+    for members in contents(tmp_path / "out").values():
+        assert set(members) == {"png", "json", "txt"} and members["txt"] == b"two views"
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+@pytest.mark.parametrize("samples_per_shard", [1, 3])
+def test_an_interrupted_build_counts_each_study_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int, samples_per_shard: int
+) -> None:
+    for number, folder in enumerate("aaaabbbc"):
+        series(tmp_path / "src" / folder, number)
+    table = put(tmp_path / "r.csv", "\n".join(["PatientID,caption", *(f"ID-{number},x" for number in (0, 2, 5, 6, 7))]))
+    settings = {"options": Options(reports=table, by="PatientID"), "samples_per_shard": samples_per_shard, "workers": 1}
+    build("dicom", tmp_path / "src", tmp_path / "whole", **settings)
+    made = []
+    make = building.make
+
+    def stop(*arguments: object) -> list:
+        if len(made) == fails_at:
+            raise KeyboardInterrupt
+        made.append(arguments)
+        return make(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(building, "make", stop)
+        build("dicom", tmp_path / "src", tmp_path / "out", **settings)
+    report = build("dicom", tmp_path / "src", tmp_path / "out", **settings)
+    assert (report.samples, report.skipped) == (5, 3)
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "out"))
+    assert first == second
 
 
 def test_a_table_that_has_changed_is_another_build(tmp_path: Path) -> None:
