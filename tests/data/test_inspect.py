@@ -228,8 +228,8 @@ def test_previews_of_points(clouds: Path, tmp_path: Path) -> None:
     for view in (plain[:110, :110, 0], plain[:110, 112:222, 0]):  # from above and from the front it is a line
         assert (np.delete(view, [54, 55], 1) == 255).all() and (view[:, 54:56].min(1) == 26).all()
     slope = tile(sheet, 5)[..., 0]
-    assert np.allclose(slope[55, :110], np.linspace(204, 26, 110), atol=2)  # from above: the higher, the darker
-    assert np.allclose(slope[112 + np.arange(110), 55], np.linspace(26, 204, 110), atol=2)  # from the side: the more to the right
+    assert np.allclose(slope[55, :110], np.linspace(204, 26, 110), atol=4)  # from above: the higher, the darker
+    assert np.allclose(slope[112 + np.arange(110), 55], np.linspace(26, 204, 110), atol=4)  # from the side: the more to the right
     line = tile(sheet, 3)
     assert (line[:110, 112:222, 0] < 255).any(1).sum() > 90 and (line[:110, :110, 0] < 255).any(1).sum() < 10
     assert (tile(sheet, 4)[:110, :110, 0] < 255).sum() == 64

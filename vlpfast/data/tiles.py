@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from typing import Any
 
@@ -135,7 +136,7 @@ def _cloud(numbers: np.ndarray) -> Image.Image:
     low, high = numbers[:, :3].min(0) / 2, numbers[:, :3].max(0) / 2  # halved: float64 may not hold their distance
     places = (numbers[:, :3] / 2 - (low + high) / 2) / max((high - low).max(), 1e-300) + 0.5  # [M, 3] in 0 .. 1
     edge = TILE // 2 - 2
-    dot = min(8, max(1, round(edge / 2 / len(numbers) ** 0.5)))
+    dot = min(8, math.ceil(2.4 * edge / len(numbers) ** 0.5))  # a surface as large as the view then has few holes
     down, across = (around.ravel() for around in np.mgrid[:dot, :dot])  # pixels of a point
     pictures = []
     for right, up, depth, sign in ((0, 1, 2, 1), (0, 2, 1, -1), (1, 2, 0, 1)):
