@@ -176,7 +176,7 @@ def _add_build(commands) -> None:
     option(
         "--caption",
         metavar="COLUMN",
-        help="table, text, dicom: the column or field of captions or reports (caption; of text, text)",
+        help="table, text, dicom: the column or field of captions or reports (caption; of text: text)",
     )
     option("--key", metavar="COLUMN", help="table: the column of keys (file and row); dicom: that of identifiers (as --by)")
     option("--drop", metavar="COLUMN", action="append", help="table: a column to leave out of the JSON; may be repeated")

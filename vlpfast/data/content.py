@@ -22,7 +22,7 @@ _MEDIA: dict[str, Callable[[BinaryIO], Any]] = {
     **dict.fromkeys(AUDIO_EXTENSIONS, audio_info),
     "vol": volume_info,
     "points.npy": points_info,
-    "npy": npy_info,
+    "npy": npy_info,  # which may also hold something else
 }
 
 
