@@ -24,12 +24,13 @@ class Case:
     published_parameters: int  # of the Config's defaults
     losses: set[str]
     by_heart: float = 0.1  # how far 20 steps on one batch bring the sum of its losses down
+    lr: float = 1e-3  # of these steps
 
 
 CASES = {
     "clip": Case(published_parameters=151_277_313, losses={"contrastive"}),  # ViT-B/32, the size of OpenAI's release
     # RN50 and 16 vectors; few vectors between towers of random weights that stay as they are learn little by heart
-    "coop": Case(published_parameters=102_007_137 + 8_192, losses={"classification"}, by_heart=0.6),
+    "coop": Case(published_parameters=102_007_137 + 8_192, losses={"classification"}, by_heart=0.75, lr=1e-2),
 }
 
 

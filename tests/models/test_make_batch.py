@@ -112,10 +112,10 @@ SPECS = {
     "everything": DataSpec(
         ImageSpec(16, **VIEWS, **MASKS),
         TextSpec(12),
-        VideoSpec(4, size=16),
-        AudioSpec(seconds=0.5),
-        VolumeSpec(**SMALL, labels=True, local_views=1, local_size=[2, 2, 2]),
-        PointsSpec(20, colors=True, height=True),
+        video=VideoSpec(4, size=16),
+        audio=AudioSpec(seconds=0.5),
+        volume=VolumeSpec(**SMALL, labels=True, local_views=1, local_size=[2, 2, 2]),
+        points=PointsSpec(20, colors=True, height=True),
     ),
 }
 
