@@ -208,9 +208,6 @@ class Bert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         check_config(config)
-        wrong = [i for i in config.cross_attention if not 0 <= i < config.layers]
-        if wrong:
-            raise UserError(f"cross_attention: expected layers below {config.layers}, got {wrong[0]}")
         self.config = config
         self.token_embed = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
         self.position_embed = nn.Embedding(config.max_positions, config.width)
@@ -366,6 +363,9 @@ def check_config(config: BertConfig) -> None:
         raise UserError(f"dropout: expected a probability in [0, 1), got {config.dropout}")
     if not 0 <= config.pad_id < config.vocab_size:
         raise UserError(f"pad_id: expected an id below vocab_size {config.vocab_size}, got {config.pad_id}")
+    wrong = [i for i in config.cross_attention if not 0 <= i < config.layers]
+    if wrong:
+        raise UserError(f"cross_attention: expected layers below {config.layers}, got {wrong[0]}")
     require_installed(config.attention_backend)
 
 
