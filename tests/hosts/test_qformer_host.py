@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run
 from torch import Tensor, nn
 
 from vlpfast.hosts.qformer import AlignedQueries, Encoded, VisualQueries, convert_lavis
 from vlpfast.nn.bert import BertCache
 from vlpfast.nn.qformer import QFormer, QFormerConfig
+from vlpfast.training.config import TrainConfig
+from vlpfast.training.parallel import Spread, World
 from vlpfast.types import UserError
 
 SMALL = QFormerConfig(
@@ -270,6 +274,58 @@ def test_learns_a_batch_by_heart() -> None:
             word = host.lm_head.logits(states, host.qformer.token_embed.weight).argmax(-1)
             written.append(word)
         assert torch.equal(torch.cat(written, dim=1)[mask[:, 1:]], text[:, 1:][mask[:, 1:]])
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+class Summed(nn.Module):
+    """What of the losses is that of the whole batch on any number of ranks: all but which negatives are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = make()
+
+    def forward(self, image: Tensor, text: Tensor, text_mask: Tensor, fits: Tensor) -> Tensor:
+        tokens = self.host.image_tokens(image)
+        e = self.host.encode(tokens, text, text_mask)
+        logits = self.host.score_pairs(tokens, text, text_mask)
+        return self.host.contrast(e) + self.host.caption(e) + F.binary_cross_entropy_with_logits(logits, fits)
+
+
+def by_ranks(rank: int, world: int) -> None:
+    image, text, mask = (t[:4] for t in inputs())
+    fits = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    alone = Summed()
+    with_all = [t for t in (image, text, mask, fits)]
+    loss = _alone(alone, with_all)
+    loss.backward()
+    part = [t[rank * 2 : rank * 2 + 2] for t in with_all]
+    for strategy, recompute in (("ddp", False), ("fsdp", False), ("fsdp", True)):
+        model = Summed()
+        spread = Spread(model, TrainConfig(strategy=strategy, activation_checkpointing=recompute), World(rank, world))
+        spread.begin_stage()
+        mine = spread("forward", *part)
+        mine.backward()
+        spread.finish(averaged=True)
+        torch.testing.assert_close(spread.world.mean(mine.detach()), loss.detach())
+        for (name, expected), (_, found) in zip(alone.named_parameters(), model.named_parameters(), strict=True):
+            if expected.grad is None:
+                assert found.grad is None, name
+                continue
+            grad = found.grad.full_tensor() if hasattr(found.grad, "full_tensor") else found.grad
+            torch.testing.assert_close(grad, expected.grad, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _alone(model: Summed, batch: list[Tensor]) -> Tensor:
+    """The loss of one process, though there is a process group."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.is_initialized", lambda: False)
+        return model(*batch)
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    run(2, tmp_path, [by_ranks])
 
 
 # --- names, mistakes --------------------------------------------------------------------------------------------------
