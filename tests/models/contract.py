@@ -27,7 +27,7 @@ class Case:
 COPIES = ("momentum.module.", "online.")
 CASES = {
     "clip": Case(published_parameters=151_277_313, losses={"contrastive"}),  # ViT-B/32, the size of OpenAI's release
-    # ALBEF, which TCL takes its network from: 85.8 million parameters of vision and 123.7 million of BERT with its head. Its losses
+    # ALBEF, which TCL takes its network from: 85.8 million parameters of vision, 123.7 million of BERT with its head. Its losses
     # of a batch known by heart are bounded by what the queue holds: the same batch again, and at first next to nothing else.
     "tcl": Case(209_500_000, {"cma", "imc", "lmi", "itm", "mlm"}, copies=COPIES, by_heart=0.7),
     "tcl_retrieval": Case(209_500_000, {"cma", "imc", "lmi", "itm"}, copies=COPIES, by_heart=0.7),
