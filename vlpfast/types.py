@@ -21,7 +21,8 @@ class PeerError(UserError):
 class Batch(TypedDict, total=False):
     """One batch, as every loader yields it and every model's forward takes it. Fields a model does not ask for are absent."""
 
-    image: Tensor  # [B, 3, S, S] float32, normalised with the DataSpec's mean and std; [B, V, 3, S, S] of several views
+    image: Tensor  # [B, 3, S, S] float32, normalised with the DataSpec's mean and std; [B, V, 3, S, S] of several views. Of
+    #                several pictures a sample (ImageSpec.pictures) they stand behind B, as in image_local, crop, crop_local, warp
     image_local: Tensor  # [B, V, 3, s, s] the local views
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
@@ -155,7 +156,6 @@ class ImageSpec:
     """
 
     size: int = 224
-    pictures: int = 1  # of each sample
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     scale: list[float] = field(default_factory=lambda: [0.9, 1.0])  # RandomResizedCrop: share of the picture's area
@@ -172,6 +172,7 @@ class ImageSpec:
     masks: str = ""  # JSON field of their masks, in the same order: run lengths as data/emojiworld/rle.py describes
     max_boxes: int = 32  # a picture with more is left out
     min_visible: float = 0.1  # a box counts while this share of its area is in view
+    pictures: int = 1  # of each sample: the members 0.jpg, 1.jpg, ..., each with views of its own: [B, pictures, (V,) 3, S, S]
 
 
 @dataclass
@@ -264,15 +265,19 @@ class TextSpec:
 
     A template names fields of the sample's JSON: "a photo of a {label}"; "{caption}" is also the member txt. Of a field that is
     a list, training draws one anew each epoch and evaluation takes the first: "{captions}" of texts, "{qa.question}" of objects,
-    of which all texts of the sample then take the same.
+    of which all texts and targets of the sample then take the same.
+
+    Of the special tokens that the model adds (Vocabulary.extra), a template may spell one, which then is that token; whatever a
+    sample's field spells stays text. A sample without one of the fields, or with an empty one (but for the caption), is damaged.
+    Evaluation hides nothing: it has no NAME_masked.
     """
 
     context_length: int = 77
     templates: list[str] = field(default_factory=lambda: ["{caption}"])  # several: one drawn each epoch, in evaluation the first
     tokenizer: str = ""  # one of data.tokenizers; "": data.tokenizer
-    clean: str = ""  # "albef": lower case, without punctuation (sheet of ALBEF's descendants)
-    max_words: int = 0  # cut behind so many words, before it is tokenised; 0: none
-    drop: str = "end"  # what a text that is too long loses; or "start"
+    clean: str = ""  # what is done to each field's value; "albef": lower case, without punctuation, - and / become spaces
+    max_words: int = 0  # each field's value is cut behind so many words, after it was cleaned; 0: none
+    drop: str = "end"  # what a text that is too long loses; or "start", as always before an answer: the prompt gives way
     # Behind a prompt, the text it is answered with, written likewise: bos, prompt, answer, eos, where NAME_labels asks for the
     # answer and its eos alone.
     answer: list[str] = field(default_factory=list)
@@ -282,11 +287,13 @@ class TextSpec:
 
 @dataclass
 class TargetSpec:
-    """A number, a class or several numbers of each sample, from its JSON."""
+    """A number, a class or several numbers of each sample, from its JSON. Classes are named or numbered there; true counts as
+    1."""
 
     key: str = "label"  # field of the JSON; "objects.count": of the object that was drawn for the texts
     kind: str = "class"  # int64 [B]; "number": float32 [B]; "vector": float32 [B, n]
     classes: list[str] = field(default_factory=list)  # class: names in their order; empty: evaluation.class_names
+    first: int = 0  # class: the number that the JSON gives to the first of them
 
 
 @dataclass
@@ -429,7 +436,8 @@ class PreparesEpoch(Protocol):
 @runtime_checkable
 class HasModes(Protocol):
     def set_mode(self, mode: str) -> None:
-        """Switches to the objective set of a stage; raises ValueError naming the known modes."""
+        """Switches to the objective set of a stage, and by requires_grad to what is offered for training in it; raises ValueError
+        naming the known modes."""
         ...
 
 

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from vlpfast.cli import assemble
+    from vlpfast.cli.evaluate import Evaluation, evaluate
     from vlpfast.evaluation.report import write_report
     from vlpfast.training import run_folder
     from vlpfast.training.config import to_yaml
@@ -86,13 +87,15 @@ def main(argv: list[str]) -> int:
         )
     with joined(config.train) as world, run_folder.opened(config) as run_dir, ExitStack() as stack:
         sources = world.in_turn(lambda: assemble.prepare_data(config))
-        tokenizer = world.in_turn(lambda: assemble.build_tokenizer(config, sources, run_dir, world.is_first))
+        tokenizers = world.in_turn(lambda: assemble.build_tokenizers(config, sources.train, run_dir, world.is_first))
         model = assemble.build_model(config)
-        last = assemble.Evaluation({}, None, None)
+        assemble.give_classes(config, model, tokenizers, sources)
+        last = Evaluation()
 
         def on_evaluate(step: int) -> dict[str, float]:
             nonlocal last
-            last = assemble.evaluate(config, model, tokenizer, sources, world.device, rank=world.rank, ranks=world.size)
+            last = evaluate(config, model, tokenizers, sources, world.device, rank=world.rank, ranks=world.size)
+            assemble.give_classes(config, model, tokenizers, sources)  # evaluation may have others
             return last.metrics
 
         profiler = None
@@ -107,7 +110,7 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(
             config,
             model,
-            partial(assemble.open_loader, config, sources, tokenizer, world),
+            partial(assemble.open_loader, config, sources, tokenizers, world),
             world,
             on_evaluate if sources.heldout else None,
             profiler,
@@ -118,7 +121,7 @@ def main(argv: list[str]) -> int:
             return 0
         result = {"step": trainer.position.step, **last.metrics}
         run_folder.replace(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        report = write_report(run_dir, evaluation=result, pairs=last.pairs, zero_shot=last.classified)
+        report = write_report(run_dir, evaluation=result, **last.sheets())
         print(f"report: {report}", file=sys.stderr)
     print(json.dumps(result))
     return 0
