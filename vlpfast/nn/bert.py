@@ -253,8 +253,9 @@ class Bert(nn.Module):
         """x [B, L, C] -> the states behind the last of `layers`, [B, L, C].
 
         Args:
-            text_mask: [B, P + L] bool, True = token, where P tokens are in the cache; None: all are tokens. Under a causal mask
-                texts padded at their ends need none: no token sees the padding, and without a mask tensor attention is faster.
+            text_mask: [B, P + L] bool, True = token, at least one in each row, where P tokens are in the cache; None: all are
+                tokens. Under a causal mask texts padded at their ends need none: no token sees the padding, and without a mask
+                tensor attention is faster.
             mask: "joint": every token sees every other; "causal": itself and those before it; or [L, P + L] or [B, L, P + L]
                 bool, True = seen. But under "joint" a token, padding too, always sees itself where there is a text_mask.
             context: [B', T, context_width], B a multiple of B'; each of its rows serves B / B' consecutive rows of x, for which
