@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,27 @@ CLASSES = len(CLASS_NAMES)
 class Case:
     """A row of the table: what is published of a model, and what its forward must return."""
 
-    published_parameters: int  # of the Config's defaults
+    published_parameters: int  # of the Config's defaults, without momentum copies
     losses: set[str]
+    copies: tuple[str, str] = ("", "")  # beginnings of names: parameters that before_step moves, and those that they follow
     by_heart: float = 0.1  # how far 20 steps on one batch bring the sum of its losses down
     lr: float = 1e-3  # of these steps
+    alone: dict[str, Any] = field(default_factory=dict)  # changes of the config for them
 
 
+COPIES = ("momentum.module.", "online.")
 CASES = {
     "clip": Case(published_parameters=151_277_313, losses={"contrastive"}),  # ViT-B/32, the size of OpenAI's release
     # RN50 and 16 vectors; few vectors between towers of random weights that stay as they are learn little by heart
     "coop": Case(published_parameters=102_007_137 + 8_192, losses={"classification"}, by_heart=0.75, lr=1e-2),
+    # ALBEF, which TCL takes its network from: 85.8 million parameters of vision, 123.7 million of BERT with its head. The queue
+    # holds what the batch was before, which is the batch again: hence the short one, and the bounds of these losses.
+    "tcl": Case(209_500_000, {"cma", "imc", "lmi", "itm", "mlm"}, copies=COPIES, by_heart=0.7),
+    "tcl_retrieval": Case(209_500_000, {"cma", "imc", "lmi", "itm"}, COPIES, 0.6, alone={"momentum": 0.0, "queue_size": 8}),
+    "tcl_vqa": Case(290_000_000, {"answer"}, copies=COPIES, by_heart=0.5),
+    "tcl_nlvr2": Case(259_000_000, {"label"}, copies=COPIES),
+    "tcl_assignment": Case(259_000_000, {"assign"}, by_heart=1.2),  # drawn anew at each step: no more than that it holds
+    "tcl_entailment": Case(209_500_000, {"label"}, copies=COPIES),
 }
 
 
@@ -51,11 +63,11 @@ class WordTokenizer:
         raise NotImplementedError
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """The tiny preset in training mode, always with the same weights, and with classes if it takes some."""
+def build(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """The tiny preset, with changes, in training mode, always with the same weights, and with classes if it takes some."""
     model_class = models.get(name)
     torch.manual_seed(seed)
-    model = model_class(model_class.Config.tiny())
+    model = model_class(replace(model_class.Config.tiny(), **changes))
     if isinstance(model, TakesClasses):
         model.set_classes(CLASS_NAMES, WordTokenizer())
     return model
@@ -68,7 +80,7 @@ def make_batch(data: DataSpec, size: int, *, seed: int = 0) -> Batch:
     unknown = {field.name for field in fields(data) if getattr(data, field.name)} - known
     assert not unknown, f"make_batch cannot make {unknown}: teach it"
     generator = torch.Generator().manual_seed(seed)
-    batch: Batch = {}
+    batch: Batch = {"index": torch.arange(size)}
     if data.image is not None:
         batch.update(pictures(data.image, size, generator))
     for name, spec in texts_of(data).items():
@@ -229,6 +241,13 @@ def train(
 
 def losses_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return model(batch, Progress(0, 10))
+
+
+def is_moved(model: nn.Module, name: str, copies: tuple[str, str]) -> bool:
+    """Whether steps move a parameter: because it is trained, or because it follows one that is."""
+    copy, online = copies
+    followed = online + name.removeprefix(copy) if copy and name.startswith(copy) else name
+    return model.get_parameter(followed).requires_grad
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

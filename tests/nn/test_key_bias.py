@@ -161,11 +161,11 @@ def test_packages_get_channels(monkeypatch: pytest.MonkeyPatch, backend: str, ca
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
     flash_attn = types.SimpleNamespace(
-        flash_attn_func=lambda q, k, v, softmax_scale=None, causal=False: run(q, k, v, softmax_scale, causal)
+        flash_attn_func=lambda q, k, v, dropout_p=0.0, softmax_scale=None, causal=False: run(q, k, v, softmax_scale, causal)
     )
     ops = types.SimpleNamespace(
         LowerTriangularMask=object,
-        memory_efficient_attention=lambda query, key, value, attn_bias=None, scale=None: run(
+        memory_efficient_attention=lambda query, key, value, attn_bias=None, p=0.0, scale=None: run(
             query, key, value, scale, attn_bias is not None
         ),
     )

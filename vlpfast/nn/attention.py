@@ -26,6 +26,7 @@ def attention(
     key_bias: Tensor | None = None,  # [B, Lk]
     cu_seqlens: Tensor | None = None,  # [S + 1]
     max_seqlen: int | None = None,
+    dropout: float = 0.0,
     need_weights: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -45,7 +46,9 @@ def attention(
             each sees itself alone: sequence s is positions cu_seqlens[s] .. cu_seqlens[s + 1] - 1, the last entry is Lq. mask may
             be "causal".
         max_seqlen: the longest of these sequences, where the caller knows it on the host; flash-attn sizes its grid by it.
-        need_weights: returns (output, weights [B, H, Lq, Lk]) by plain products, whatever the backend; both have gradients.
+        dropout: probability with which each weight is set to 0, the others being scaled up; the caller gives 0 outside training.
+        need_weights: returns (output, weights [B, H, Lq, Lk]) by plain products, whatever the backend; both have gradients. The
+            weights are those before dropout.
         backend: "sdpa" is torch's scaled_dot_product_attention; for packed sequences it needs a mask of L^2 bytes. "auto" takes
             flash-attn for packed sequences if it is installed and fits, else sdpa: for the other cases torch has kernels of the
             same kind as flash-attn and xformers.
@@ -63,14 +66,14 @@ def attention(
         half_on_gpu = device == "cuda" and q.dtype in (torch.float16, torch.bfloat16)
         if not need_weights and (half_on_gpu or backend in ("flash_attn", "xformers")):
             folded = _fold(q, k, v, key_bias)
-            return _dispatch(*folded, mask, cu_seqlens, max_seqlen, backend, q.shape[-1] ** -0.5)[..., : q.shape[-1]]
+            return _dispatch(*folded, mask, cu_seqlens, max_seqlen, dropout, backend, q.shape[-1] ** -0.5)[..., : q.shape[-1]]
         mask, cu_seqlens = _add_key_bias(q, mask, key_bias, cu_seqlens), None
         if not need_weights:
             with torch.autocast(device, enabled=False) if autocast else nullcontext():  # it would round the bias as it does q
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     if need_weights:
-        return _explicit(q, k, v, _dense_mask(q, mask, cu_seqlens))
-    return _dispatch(q, k, v, mask, cu_seqlens, max_seqlen, backend, None)
+        return _explicit(q, k, v, _dense_mask(q, mask, cu_seqlens), dropout)
+    return _dispatch(q, k, v, mask, cu_seqlens, max_seqlen, dropout, backend, None)
 
 
 def _dispatch(
@@ -80,18 +83,20 @@ def _dispatch(
     mask: Tensor | str | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    dropout: float,
     backend: Backend,
     scale: float | None,  # None: 1 / sqrt(Dh)
 ) -> Tensor:
     causal = isinstance(mask, str)
     chosen = choose_backend(q.device, q.dtype, q.shape[-1], mask, cu_seqlens is not None, backend)
     if chosen == "flash_attn":
-        return _flash_attn(q, k, v, causal, cu_seqlens, max_seqlen, scale)
+        return _flash_attn(q, k, v, causal, cu_seqlens, max_seqlen, dropout, scale)
     if chosen == "xformers":
-        return _xformers(q, k, v, causal, scale)
+        return _xformers(q, k, v, causal, dropout, scale)
     if cu_seqlens is not None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=_dense_mask(q, mask, cu_seqlens), scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if causal else mask, is_causal=causal, scale=scale)
+        mask, causal = _dense_mask(q, mask, cu_seqlens), False
+    mask = None if causal else mask
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
 
 
 def choose_backend(
@@ -207,22 +212,30 @@ def _fold(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Tensor, Te
     return F.pad(q, (0, channels), value=1.0), k, F.pad(v, (0, channels))
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, Lq, Lk]
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
-    return weights @ v, weights
+    return F.dropout(weights, dropout) @ v, weights
 
 
 def _flash_attn(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    dropout: float,
+    scale: float | None,
 ) -> Tensor:
     """flash-attn 2: heads after positions, packed sequences without the batch dimension."""
     if cu_seqlens is None:
         from flash_attn import flash_attn_func
 
-        out = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale, causal=causal)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, L, H, Dh]
+        out = flash_attn_func(q, k, v, dropout_p=dropout, softmax_scale=scale, causal=causal)
         return out.transpose(1, 2)
     from flash_attn import flash_attn_varlen_func
 
@@ -236,17 +249,19 @@ def _flash_attn(
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_k=longest,
+        dropout_p=dropout,
         softmax_scale=scale,
         causal=causal,
     )
     return out.transpose(0, 1)[None]
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float, scale: float | None) -> Tensor:
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask() if causal else None, scale=scale).transpose(1, 2)
+    bias = LowerTriangularMask() if causal else None
+    return memory_efficient_attention(q, k, v, attn_bias=bias, p=dropout, scale=scale).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -256,7 +271,10 @@ class Attention(nn.Module):
     and in_proj_bias. See `attention` for everything by keyword.
     """
 
-    def __init__(self, width: int, heads: int, *, context_width: int | None = None, backend: Backend = "auto") -> None:
+    def __init__(
+        self, width: int, heads: int, *, context_width: int | None = None, bias: bool = True, backend: Backend = "auto"
+    ) -> None:
+        """bias: of queries, keys and values."""
         super().__init__()
         if width % heads:
             raise UserError(f"heads: expected a divisor of the width {width}, got {heads}")
@@ -265,10 +283,10 @@ class Attention(nn.Module):
         self.backend = backend
         self.takes_context = context_width is not None
         if context_width is None:
-            self.in_proj = nn.Linear(width, 3 * width)
+            self.in_proj = nn.Linear(width, 3 * width, bias=bias)
         else:
-            self.q_proj = nn.Linear(width, width)
-            self.kv_proj = nn.Linear(context_width, 2 * width)
+            self.q_proj = nn.Linear(width, width, bias=bias)
+            self.kv_proj = nn.Linear(context_width, 2 * width, bias=bias)
         self.out_proj = nn.Linear(width, width)
 
     def forward(

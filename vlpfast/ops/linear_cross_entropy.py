@@ -70,7 +70,7 @@ def linear_cross_entropy(
         _check_per_token("weights", weights, h, DTYPES)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    rows = _choose_rows(labels, ignore_index, max_rows)
+    rows = choose_rows(labels, ignore_index, max_rows)
     losses = _losses(h, weight, labels, bias, label_smoothing, rows, stash_bytes)  # [K]
     if weights is not None:
         weights = rows.of(weights.reshape(-1)).to(losses.dtype)
@@ -97,11 +97,11 @@ def token_logprob(
     Returns [...], float32 (float64 for float64 features), 0 where the label is `ignore_index`.
     """
     _check(h, weight, labels, bias, ignore_index, max_rows)
-    rows = _choose_rows(labels, ignore_index, max_rows)
+    rows = choose_rows(labels, ignore_index, max_rows)
     return rows.valid(rows.back(-_losses(h, weight, labels, bias, 0.0, rows, stash_bytes), labels))
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Which K of the tokens are computed, and which of these count."""
 
     index: Tensor | None = None  # [K] places among all tokens, none twice; None: all tokens, in order
@@ -126,18 +126,19 @@ class _Rows(NamedTuple):
         return result if self.factor is None else result * self.factor.to(result.dtype)
 
 
-def _choose_rows(labels: Tensor, ignore_index: int, max_rows: int | None) -> _Rows:
+def choose_rows(labels: Tensor, ignore_index: int, max_rows: int | None) -> Rows:
+    """Which of the tokens linear_cross_entropy computes, for what else only they need."""
     kept = (labels != ignore_index).reshape(-1)
     if max_rows is not None:
         count = kept.sum()
         if debug.readable(labels) and count > max_rows:
             raise ValueError(f"max_rows: expected at least {int(count)}, as many as labels has tokens to keep, got {max_rows}")
         index = (~kept).byte().argsort(stable=True)[:max_rows]
-        return _Rows(index, kept[index], torch.where(count > max_rows, torch.nan, 1.0))
+        return Rows(index, kept[index], torch.where(count > max_rows, torch.nan, 1.0))
     if not debug.has_values(labels):
-        return _Rows(kept=kept)
+        return Rows(kept=kept)
     index = kept.nonzero().squeeze(1)
-    return _Rows(index) if index.shape[0] < kept.shape[0] else _Rows()
+    return Rows(index) if index.shape[0] < kept.shape[0] else Rows()
 
 
 def _losses(h, weight, labels, bias, label_smoothing, rows, stash_bytes) -> Tensor:
