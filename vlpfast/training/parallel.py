@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from inspect import signature
+from inspect import getmembers, isfunction, signature
 from typing import Any, TypeVar
 
 import torch
@@ -100,26 +100,38 @@ def joined(train: TrainConfig) -> Iterator[World]:
 class _Entry(nn.Module):
     """The one module through which a spread model is entered: any of its methods, by name."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, idle: Collection[str] = ()) -> None:
+        """idle: losses that are not differentiated, for whose gradients DistributedDataParallel would wait."""
         super().__init__()
-        self.model = model
+        self.model, self.idle = model, idle
 
     def forward(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.model, method)(*arguments) if method else None
+        made = getattr(self.model, method)(*arguments) if method else None
+        return {key: loss.detach() if key in self.idle else loss for key, loss in made.items()} if self.idle else made
 
 
 class Spread:
     """A model prepared as `train` asks for and spread over the ranks of a world.
 
     train.strategy "ddp" keeps everything on every rank (DistributedDataParallel), "fsdp" a part of each block's parameters,
-    gradients and optimiser state (FSDP2's fully_shard, whose parameters travel in float32 whatever the products are made in: an
-    evaluation in float32 sees what it would see of one process). FSDP2 takes no parameters without dimensions (temperatures):
-    those stay on every rank, and their gradients are averaged here.
-    Optimisers and checkpoints see the model's own parameters, under their own names.
+    gradients and optimiser state (FSDP2's fully_shard). Optimisers, averages of weights and checkpoints see the model's own
+    parameters, in float32 and under their own names.
+
+    FSDP2's parameters travel and are used in the dtype of the products, those of norms, biases and embeddings too; gradients are
+    summed over ranks in float32, and nothing is cast where a block is entered: torchtitan's policy. Half the bytes travel, and
+    forwards, those of an evaluation too, see rounded weights; what blocks add up is of that dtype unless something else that
+    enters them is float32. Parameters without dimensions (temperatures), which FSDP2 does not take, stay on every rank in
+    float32, and their gradients are averaged here.
+
+    A trained parameter may be without a gradient, as on one rank: a head or a tower that a stage does not use, a loss of weight
+    0. DistributedDataParallel has to look through every step's graph for it, so it does only where the first step of a stage
+    shows that it must (`unused`). What has a gradient on some ranks or in some steps alone needs train.find_unused, unless the
+    first step shows it. FSDP2 wants every rank to use the same parameters.
     """
 
-    def __init__(self, model: nn.Module, train: TrainConfig, world: World) -> None:
-        self.model, self.train, self.world = model, train, world
+    def __init__(self, model: nn.Module, train: TrainConfig, world: World, dtype: torch.dtype | None = None) -> None:
+        """dtype: of the products, as autocast_dtype gives it; None: float32."""
+        self.model, self.train, self.world, self.dtype = model, train, world, dtype
         repeated = blocks(model)
         for asked, key in (
             (train.activation_checkpointing, "activation_checkpointing"),
@@ -139,27 +151,46 @@ class Spread:
                 block.compile()
         elif train.compile == "step":
             model.compile()
-        self._entry: nn.Module = _Entry(model)
+        self.unused: list[str] = []  # trained parameters that had no gradient on some rank in the first step of this stage (ddp)
+        self._entry: nn.Module | None = _Entry(model)
         self._replicated: list[nn.Parameter] = []  # whose gradients are averaged here
+        self._idle: list[str] = []
+        self._finds = True  # whether what has no gradient is looked for
+        self._arrived: set[str] | None = None  # names of parameters with gradients, in the first step of a stage
+        self._hooks: list[Any] = []
         self._sharded = world.size > 1 and train.strategy == "fsdp"
         if self._sharded:
             self._shard(repeated)
 
-    def begin_stage(self) -> None:
-        """Once it is settled which parameters are trained."""
-        if self.world.size > 1 and not self._sharded:
-            parallel = nn.parallel.DistributedDataParallel
-            buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(parallel).parameters else "broadcast_buffers"
-            self._entry = parallel(
-                _Entry(self.model),
-                device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
-                bucket_cap_mb=BUCKET_MIB,
-                gradient_as_bucket_view=True,
-                **{buffers: False},  # forward changes none; the second is the first's name in older versions
-            )
+    def begin_stage(self, losses: Mapping[str, float]) -> None:
+        """Once it is settled which parameters are trained. losses: weights by name, those that are not 1."""
+        if self.world.size == 1 or self._sharded:
+            return
+        self._idle = [name for name, weight in losses.items() if not weight]
+        self._finds, self._arrived = True, set()
+        self._entry = self._replicate()
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived.add(name))
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        ]
+
+    def _replicate(self) -> nn.Module:
+        parallel = nn.parallel.DistributedDataParallel
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(parallel).parameters else "broadcast_buffers"
+        return parallel(
+            _Entry(self.model, self._idle),
+            device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+            bucket_cap_mb=BUCKET_MIB,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=self._finds,
+            **{buffers: False},  # forward changes none; the second is the first's name in older versions
+        )
 
     def __call__(self, method: str, *arguments: Any) -> Any:
         """The model's method; its backward averages the gradients."""
+        if self._entry is None:
+            self._entry = self._replicate()
         return self._entry(method, *arguments)
 
     def unaveraged(self, method: str, *arguments: Any) -> Any:
@@ -181,38 +212,84 @@ class Spread:
             yield
 
     def finish(self, averaged: bool) -> None:
-        """After the last backward of a step. averaged: it went through __call__."""
+        """After the last backward of a step. averaged: it went through __call__.
+
+        UserError (ddp): a parameter is without a gradient that had one in the first step of the stage.
+        """
         if self.world.size == 1:
             return
-        parameters = self._replicated if self._sharded else [] if averaged else self.model.parameters()
-        _average([parameter for parameter in parameters if parameter.grad is not None], self.world)
+        if self._sharded:
+            _average([parameter for parameter in self._replicated if parameter.grad is not None], self.world)
+            return
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        without = [name for name, parameter in trained.items() if parameter.grad is None]
+        if without and not self._finds:
+            raise UserError(
+                f"{without[0]} has no gradient in this step, and had one in the first step of the stage: set train.find_unused=true"
+            )
+        if not averaged:
+            if self._finds:
+                for parameter, ranks in zip(trained.values(), _ranks_with(name not in without for name in trained), strict=True):
+                    if ranks and parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+            _average([parameter for parameter in trained.values() if parameter.grad is not None], self.world)
+        if self._arrived is not None:
+            ranks = _ranks_with(name in self._arrived for name in trained)
+            self.unused = [name for name, count in zip(trained, ranks, strict=True) if count < self.world.size]
+            self._finds = self.train.find_unused or bool(self.unused)
+            self._arrived = None
+            for hook in self._hooks:
+                hook.remove()
+            if not self._finds:
+                self._entry = None  # made anew where it is entered: among the parameters that are there then
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Inside, methods of the model itself may be called, by all ranks equally often, without gradients."""
+        """Inside, methods of the model itself may be called, by all ranks equally often, without gradients. Where its parameters
+        are those of FSDP2 in half precision they run under autocast, as in training; what calls them does not."""
         if not self._sharded:
             yield
             return
         with torch.no_grad():
             self._entry("")  # FSDP2 learns at the first entry which module is the outermost
         self._entry.unshard()
+        before = dict(vars(self.model))
+        if self.dtype is not None:
+            for name, _ in getmembers(type(self.model), isfunction):
+                if name == "forward" or not hasattr(nn.Module, name):
+                    vars(self.model)[name] = self._cast(getattr(self.model, name))
         try:
             yield
         finally:
+            for name in set(vars(self.model)) - set(before):
+                del vars(self.model)[name]
+            vars(self.model).update(before)
             self._entry.reshard()
+
+    def _cast(self, method: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(method)
+        def casting(*arguments: Any, **named: Any) -> T:
+            with torch.autocast(self.world.device.type, dtype=self.dtype):
+                return method(*arguments, **named)
+
+        return casting
 
     def _shard(self, repeated: list[nn.Module]) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             dist.broadcast(tensor.data, src=0)
-        scalars = {parameter for parameter in self.model.parameters() if parameter.ndim == 0}
         self._replicated = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        half = self.dtype is not None
+        how: dict[str, Any] = {
+            "mesh": init_device_mesh(self.world.device.type, (self.world.size,)),
+            "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32 if half else None, cast_forward_inputs=False),
+            "ignored_params": set(self._replicated),
+        }
         for block in repeated:
-            fully_shard(block, mesh=mesh)
-        self._entry = fully_shard(_Entry(self.model), mesh=mesh, ignored_params=scalars)
+            fully_shard(block, **how)
+        self._entry = fully_shard(_Entry(self.model), **how)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -239,10 +316,7 @@ def _recompute(block: nn.Module) -> None:
 
 
 def _average(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Gradients to their mean over ranks, in buckets that are on their way together.
-
-    What has none here has none anywhere: all ranks use the same parameters, as DistributedDataParallel wants it too.
-    """
+    """Gradients to their mean over ranks, in buckets that are on their way together. All ranks give the same parameters."""
     on_way: list[tuple[dist.Work, Tensor, list[nn.Parameter]]] = []
 
     def send(bucket: list[nn.Parameter]) -> None:
@@ -262,6 +336,13 @@ def _average(parameters: Iterable[nn.Parameter], world: World) -> None:
         flat /= world.size
         for parameter, part in zip(sent, flat.split([parameter.numel() for parameter in sent]), strict=True):
             parameter.grad.copy_(part.view_as(parameter))
+
+
+def _ranks_with(here: Iterable[bool]) -> list[int]:
+    """For each flag the number of ranks on which it is set; through host memory, so that no GPU is waited for."""
+    flags = torch.tensor(list(here), dtype=torch.int32)
+    dist.all_reduce(flags)
+    return flags.tolist()
 
 
 def _mib(parameters: list[nn.Parameter]) -> float:

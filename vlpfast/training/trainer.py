@@ -114,7 +114,7 @@ class Trainer:
         self._samples = world.share(config.train.batch_size)
         self._speed = Speed(model, self.device, self._dtype)
         self._last_gradient: LastGradient | None = None
-        self._spread = Spread(model, config.train, world)
+        self._spread = Spread(model, config.train, world, self._dtype)
 
     def fit(self) -> bool:
         """Trains to the end and writes model.safetensors. False: SIGTERM or SIGUSR1 came; the step was finished and saved.
@@ -198,7 +198,7 @@ class Trainer:
                 self._display.say(f"stage {name}: weights from {source}")
         self._weights = working_weights(self.model, train.precision)
         with self._weights:
-            self._spread.begin_stage()
+            self._spread.begin_stage(stage.losses)
             if self.world.size > 1 and train.strategy == "ddp":
                 self._last_gradient = LastGradient(self.model, self.device)
         self._optimizer = build_optimizer(self.model, train, name, stage)
