@@ -98,15 +98,19 @@ def joined(train: TrainConfig) -> Iterator[World]:
 
 
 class _Entry(nn.Module):
-    """The one module through which a spread model is entered: any of its methods, by name."""
+    """The one module through which a spread model is entered, by calls of any of its methods.
+
+    FSDP2 and DistributedDataParallel look into what a module is given: fields of a batch that are to stay on the host would be
+    sent to the GPU, and features that no loss uses would get gradients of zero. They do not look into a call.
+    """
 
     def __init__(self, model: nn.Module, idle: Collection[str] = ()) -> None:
         """idle: losses that are not differentiated, for whose gradients DistributedDataParallel would wait."""
         super().__init__()
         self.model, self.idle = model, idle
 
-    def forward(self, method: str, *arguments: Any) -> Any:
-        made = getattr(self.model, method)(*arguments) if method else None
+    def forward(self, call: Callable[[], Any]) -> Any:
+        made = call()
         return {key: loss.detach() if key in self.idle else loss for key, loss in made.items()} if self.idle else made
 
 
@@ -124,9 +128,9 @@ class Spread:
     float32, and their gradients are averaged here.
 
     A trained parameter may be without a gradient, as on one rank: a head or a tower that a stage does not use, a loss of weight
-    0. DistributedDataParallel has to look through every step's graph for it, so it does only where the first step of a stage
-    shows that it must (`unused`). What has a gradient on some ranks or in some steps alone needs train.find_unused, unless the
-    first step shows it. FSDP2 wants every rank to use the same parameters.
+    0. DistributedDataParallel has to look through every step's graph for it, so it does only where the first step of a stage,
+    which is taken without it, shows that it must (`unused`). What has a gradient on some ranks or in some steps alone needs
+    train.find_unused, unless the first step shows it. FSDP2 wants every rank to use the same parameters.
     """
 
     def __init__(self, model: nn.Module, train: TrainConfig, world: World, dtype: torch.dtype | None = None) -> None:
@@ -155,25 +159,27 @@ class Spread:
         self._entry: nn.Module | None = _Entry(model)
         self._replicated: list[nn.Parameter] = []  # whose gradients are averaged here
         self._idle: list[str] = []
-        self._finds = True  # whether what has no gradient is looked for
-        self._arrived: set[str] | None = None  # names of parameters with gradients, in the first step of a stage
-        self._hooks: list[Any] = []
+        self._first = self._finds = False  # ddp: before the end of a stage's first step; looks for what has no gradient
         self._sharded = world.size > 1 and train.strategy == "fsdp"
+        if world.size > 1:
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.data, src=0)
         if self._sharded:
             self._shard(repeated)
 
     def begin_stage(self, losses: Mapping[str, float]) -> None:
         """Once it is settled which parameters are trained. losses: weights by name, those that are not 1."""
-        if self.world.size == 1 or self._sharded:
-            return
-        self._idle = [name for name, weight in losses.items() if not weight]
-        self._finds, self._arrived = True, set()
-        self._entry = self._replicate()
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived.add(name))
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        ]
+        if self.world.size > 1 and not self._sharded:
+            self._idle = [name for name, weight in losses.items() if not weight]
+            self._first, self._entry, self.unused = True, None, []
+
+    def __call__(self, method: str, *arguments: Any) -> Any:
+        """The model's method; its backward averages the gradients, or finish() does."""
+        if self._first:
+            return self.unaveraged(method, *arguments)
+        if self._entry is None:
+            self._entry = self._replicate()
+        return self._entry(functools.partial(getattr(self.model, method), *arguments))
 
     def _replicate(self) -> nn.Module:
         parallel = nn.parallel.DistributedDataParallel
@@ -187,17 +193,10 @@ class Spread:
             **{buffers: False},  # forward changes none; the second is the first's name in older versions
         )
 
-    def __call__(self, method: str, *arguments: Any) -> Any:
-        """The model's method; its backward averages the gradients."""
-        if self._entry is None:
-            self._entry = self._replicate()
-        return self._entry(method, *arguments)
-
     def unaveraged(self, method: str, *arguments: Any) -> Any:
         """The model's method; its backward only adds to the gradients, which a later one averages (FSDP2) or finish() does."""
-        if self._sharded:
-            return self._entry(method, *arguments)
-        return getattr(self.model, method)(*arguments)
+        call = functools.partial(getattr(self.model, method), *arguments)
+        return self._entry(call) if self._sharded else call()
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -223,25 +222,25 @@ class Spread:
             return
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         without = [name for name, parameter in trained.items() if parameter.grad is None]
-        if without and not self._finds:
+        if without and not (self._first or self._finds):
             raise UserError(
-                f"{without[0]} has no gradient in this step, and had one in the first step of the stage: set train.find_unused=true"
+                f"{without[0]} has no gradient in this step, and had one in the first of the stage: set train.find_unused=true"
             )
-        if not averaged:
-            if self._finds:
-                for parameter, ranks in zip(trained.values(), _ranks_with(name not in without for name in trained), strict=True):
-                    if ranks and parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-            _average([parameter for parameter in trained.values() if parameter.grad is not None], self.world)
-        if self._arrived is not None:
-            ranks = _ranks_with(name in self._arrived for name in trained)
-            self.unused = [name for name, count in zip(trained, ranks, strict=True) if count < self.world.size]
-            self._finds = self.train.find_unused or bool(self.unused)
-            self._arrived = None
-            for hook in self._hooks:
-                hook.remove()
-            if not self._finds:
-                self._entry = None  # made anew where it is entered: among the parameters that are there then
+        if averaged and not self._first:
+            return
+        if self._first or self._finds:
+            ranks = _ranks_with(name not in without for name in trained)
+            for parameter, count in zip(trained.values(), ranks, strict=True):
+                if count and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            if self._first:
+                self.unused = [name for name, count in zip(trained, ranks, strict=True) if count < self.world.size]
+                self._first, self._finds = False, self.train.find_unused or bool(self.unused)
+        _average([parameter for parameter in trained.values() if parameter.grad is not None], self.world)
+
+    def about_unused(self) -> str:
+        names = ", ".join(self.unused[:3]) + (", ..." if len(self.unused) > 3 else "")
+        return f"no gradient for {len(self.unused)} trained parameters ({names}); listed under `frozen`, they cost no search"
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -251,7 +250,7 @@ class Spread:
             yield
             return
         with torch.no_grad():
-            self._entry("")  # FSDP2 learns at the first entry which module is the outermost
+            self._entry(lambda: None)  # FSDP2 learns at the first entry which module is the outermost
         self._entry.unshard()
         before = dict(vars(self.model))
         if self.dtype is not None:
@@ -278,8 +277,6 @@ class Spread:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            dist.broadcast(tensor.data, src=0)
         self._replicated = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
         half = self.dtype is not None
         how: dict[str, Any] = {

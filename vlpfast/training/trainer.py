@@ -254,6 +254,8 @@ class Trainer:
             taken = self._step(batch, name, stage, progress)
             if uncounted and self.world.is_first:
                 self._display.say(self._speed.keep(self.run_dir, self._samples))
+                if self._spread.unused:
+                    self._display.say(f"stage {name}: {self._spread.about_unused()}")
             position.step += 1
             position.stage_step += 1
             now = time.perf_counter()
