@@ -124,28 +124,35 @@ class Towers(nn.Module):
         return self.head(x)
 
 
-def towers(strategy: str, world: int, rank: int) -> tuple[Towers, Spread, Any]:
+def towers(strategy: str, world: int, rank: int, dtype: torch.dtype | None = None) -> tuple[Towers, Spread, Any]:
     torch.manual_seed(0)
     model = Towers()
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     whole = sum(p.numel() for p in model.parameters())
-    train = TrainConfig(strategy=strategy, precision="fp32")
-    spread = Spread(model, train, World(rank, world))
-    spread.begin_stage()
-    return model, spread, setting(world, parameters=whole, in_blocks=sum(sizes), largest_block=max(sizes))
+    spread = Spread(model, TrainConfig(strategy=strategy), World(rank, world), dtype)
+    spread.begin_stage({})
+    about = setting(world, parameters=whole, in_blocks=sum(sizes), largest_block=max(sizes))
+    return model, spread, replace(about, weight_item=(dtype or torch.float32).itemsize)
 
 
 def strategies(rank: int, world: int) -> None:
     batch = {name: torch.randn(SAMPLES, 12) for name in ("image", "text")}
-    for strategy, name in (("ddp", "DDP"), ("fsdp", "FSDP2")):
-        model, spread, about = towers(strategy, world, rank)
-        for counts in (False, False, True):  # DDP tells the others of its buckets in the first two
+    for strategy, name, dtype in (
+        ("ddp", "DDP", None),
+        ("ddp", "DDP", torch.bfloat16),
+        ("fsdp", "FSDP2", None),
+        ("fsdp", "FSDP2", torch.bfloat16),
+        ("fsdp", "FSDP2", torch.float16),
+    ):
+        model, spread, about = towers(strategy, world, rank, dtype)
+        for counts in (False, False, False, True):  # DDP's first step is another, in the next two it tells of its buckets
             with Traffic() if counts else nullcontext() as traffic:
-                loss = spread("__call__", batch)
+                with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                    loss = spread("__call__", batch)
                 loss.backward()
                 spread.finish(averaged=True)
             model.zero_grad(set_to_none=True)
-        assert dict(traffic.payload) == expected(name, about), name
+        assert dict(traffic.payload) == expected(name, about), (name, dtype)
         if strategy == "fsdp":
             here = sum(p.to_local().numel() for p in model.parameters())
             assert 4 * scaling.WIDE * here == scaling.states(about) / world
@@ -156,11 +163,13 @@ def cached(rank: int, world: int) -> None:
     found = []
     for part in (1, 2):
         model, spread, about = towers("ddp", world, rank)
-        with Traffic() as traffic:
-            feature_cache.backward(spread, batch, part, lambda losses: losses["contrastive"], nullcontext)
-            spread.finish(averaged=False)
+        for counts in (False, True):  # the first step tells which parameters have gradients
+            with Traffic() if counts else nullcontext() as traffic:
+                feature_cache.backward(spread, batch, part, lambda losses: losses["contrastive"], nullcontext)
+                spread.finish(averaged=False)
+            assert float(gradient_norm(model, 0.0)) > 0
+            model.zero_grad(set_to_none=True)
         found.append(dict(traffic.payload))
-        assert float(gradient_norm(model, 0.0)) > 0
     assert found == [expected("GradCache with sharded_clip_loss and DDP", about)] * 2
 
 
@@ -215,7 +224,8 @@ def test_memory() -> None:
     assert scaling.MEMORY["sharded_sigmoid_loss"](setting(2)) == 8 * 8 * WIDTH
     s = replace(setting(2), parameters=100, in_blocks=60, largest_block=20, item=2, stash_bytes=100)
     assert scaling.MEMORY["DDP"](s) == 1600
-    assert scaling.MEMORY["FSDP2"](s) == 800 + 4 * (40 + 40)
+    assert scaling.MEMORY["FSDP2"](s) == 800 + 2 * (40 + 40)
+    assert scaling.MEMORY["FSDP2"](replace(s, weight_item=4)) == 800 + 4 * (40 + 40)
     assert scaling.MEMORY["sharded_sigmoid_loss"](s) == 8 * 8 * WIDTH
     assert scaling.MEMORY["sharded_clip_loss"](s) == 8 * 8 * WIDTH + 2 * 4 * 8
     assert scaling.MEMORY["sharded_clip_loss"](replace(s, stash_bytes=10)) == 8 * 8 * WIDTH + 10
