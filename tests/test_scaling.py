@@ -191,15 +191,14 @@ def a_rank_waits_for_the_late_one(rank: int, world: int) -> None:
     """vlpfast/training/timing.py: whose time it is."""
     model = nn.Linear(4, 4)
     spread = nn.parallel.DistributedDataParallel(model)
-    last = LastGradient(model, torch.device("cpu"))
+    last = LastGradient(model.parameters(), torch.device("cpu"))
     for _ in range(2):  # the second counts: both ranks have set up by then
         dist.barrier()
-        marks = Marks(torch.device("cpu"))
+        marks = Marks(torch.device("cpu"), last)
         out = Late.apply(spread(torch.ones(2, 4)), 0.3 * rank).sum()
         marks.passed("forward")
         out.backward()
         marks.passed("backward")
-        marks.waited(last)
     found = [None, None]
     dist.all_gather_object(found, marks.seconds())
     early, late = found
@@ -207,8 +206,94 @@ def a_rank_waits_for_the_late_one(rank: int, world: int) -> None:
     assert late["communication"] < 0.15 and late["backward"] > 0.29, found
 
 
+class LateBlock(Block):
+    """`late`: seconds that its forward and its backward take longer."""
+
+    late = (0.0, 0.0)
+
+    def forward(self, x: Tensor, *, context: Tensor) -> Tensor:
+        return self.rest(super().forward(x + context))
+
+    @torch.compiler.disable
+    def rest(self, x: Tensor) -> Tensor:
+        time.sleep(self.late[0])
+        return Late.apply(x, self.late[1])
+
+
+class LateTower(nn.Module):
+    """Parameters before, in and after two blocks; those before them get their gradients last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 12), nn.Linear(12, 1)
+        self.blocks = nn.ModuleList([LateBlock(), LateBlock()])
+        self.late = 0.0  # seconds that the backward of `first` takes longer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = context = Late.apply(self.first(x), self.late)
+        for block in self.blocks:
+            x = block(x, context=context)
+        return self.last(x).sum()
+
+    encode = forward
+
+
+def fsdp_waits_for_the_late_rank(rank: int, world: int) -> None:
+    """Wherever that is, the early rank's time is communication, and the late one's is its own."""
+    for compiled in (False, True):
+        model = LateTower()
+        x = torch.ones(3, 12, requires_grad=True)
+        spread = Spread(model, TrainConfig(strategy="fsdp"), World(rank, world))
+        if compiled:
+            for block in model.blocks:
+                block.compile(backend="eager")
+        waits = spread.waits()
+
+        def step(model: LateTower = model, spread: Spread = spread, waits: Any = waits, x: Tensor = x) -> dict[str, float]:
+            dist.barrier()
+            begin = time.perf_counter()
+            marks = Marks(torch.device("cpu"), waits)
+            loss = spread("__call__", x)
+            marks.passed("forward")
+            loss.backward()
+            marks.passed("backward")
+            whole = time.perf_counter() - begin
+            model.zero_grad(set_to_none=True)
+            assert sum(marks.seconds().values()) == pytest.approx(whole, abs=0.02)
+            return marks.seconds()
+
+        step(), step()
+        first, second = model.blocks
+        places: dict[str, tuple[Any, Any]] = {
+            "the first block's forward": (first, (0.3, 0.0)),  # before the second one's parameters are gathered
+            "the second block's forward": (second, (0.3, 0.0)),  # before those of the first are gathered again
+            "the second block's backward": (second, (0.0, 0.3)),
+            "the first block's backward": (first, (0.0, 0.3)),
+            "the backward before the blocks": (model, 0.3),
+        }
+        for where in list(places)[:: 3 if compiled else 1]:
+            place, late = places[where]
+            on_time = place.late
+            place.late = late if rank else on_time
+            found: list[Any] = [None, None]
+            dist.all_gather_object(found, step())
+            place.late = on_time
+            own = "forward" if "forward" in where else "backward"
+            assert found[0]["communication"] > 0.2 and found[0]["forward"] + found[0]["backward"] < 0.15, (where, found)
+            assert found[1]["communication"] < 0.15 and found[1][own] > 0.29, (where, found)
+
+        with spread.gathered(), torch.no_grad():
+            first.late = 0.3 * rank, 0.0
+            model.encode(x)
+            first.late = 0.0, 0.0
+        assert waits._spans and step()["communication"] < 0.15  # what was waited for in between is of no step
+        waits.close()
+        step()
+        assert not waits._spans
+
+
 def test_two_ranks(tmp_path: Path) -> None:
-    run(2, tmp_path, [losses, strategies, cached, a_rank_waits_for_the_late_one])
+    run(2, tmp_path, [losses, strategies, cached, a_rank_waits_for_the_late_one, fsdp_waits_for_the_late_rank])
 
 
 def test_three_ranks(tmp_path: Path) -> None:

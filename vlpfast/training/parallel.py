@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlpfast.training.config import TrainConfig
 from vlpfast.training.precision import choose_device
+from vlpfast.training.timing import BlockWaits, LastGradient
 from vlpfast.training.together import on_first
 from vlpfast.types import UserError
 
@@ -172,6 +173,16 @@ class Spread:
         if self.world.size > 1 and not self._sharded:
             self._idle = [name for name, weight in losses.items() if not weight]
             self._first, self._entry, self.unused = True, None, []
+
+    def waits(self) -> LastGradient | None:
+        """What tells, for this stage, which time of a step is communication. Closed by the caller; None of one rank."""
+        if self.world.size == 1:
+            return None
+        if not self._sharded:
+            return LastGradient(self.model.parameters(), self.world.device)
+        from torch.distributed.fsdp import FSDPModule
+
+        return BlockWaits([module for module in self._entry.modules() if isinstance(module, FSDPModule)], self.world.device)
 
     def __call__(self, method: str, *arguments: Any) -> Any:
         """The model's method; its backward averages the gradients, or finish() does."""

@@ -113,7 +113,7 @@ class Trainer:
             )
         self._samples = world.share(config.train.batch_size)
         self._speed = Speed(model, self.device, self._dtype)
-        self._last_gradient: LastGradient | None = None
+        self._waits: LastGradient | None = None
         self._spread = Spread(model, config.train, world, self._dtype)
 
     def fit(self) -> bool:
@@ -199,8 +199,6 @@ class Trainer:
         self._weights = working_weights(self.model, train.precision)
         with self._weights:
             self._spread.begin_stage(stage.losses)
-            if self.world.size > 1 and train.strategy == "ddp":
-                self._last_gradient = LastGradient(self.model, self.device)
         self._optimizer = build_optimizer(self.model, train, name, stage)
         self._average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         if state is not None:
@@ -208,6 +206,8 @@ class Trainer:
             self._scale.load_state_dict(state.get("loss_scale", {}))
         if position.stage_step >= steps:
             return True
+        with self._weights:
+            self._waits = self._spread.waits()
         loader = self.loader_for_stage(name, stage)
         self._taken: deque[_Taken] = deque()
         self._stopped = False
@@ -221,8 +221,8 @@ class Trainer:
             self._save(loader)
         finally:
             loader.close()
-            if self._last_gradient is not None:
-                self._last_gradient.close()
+            if self._waits is not None:
+                self._waits.close()
         if self._stopped:
             self._saver.wait()
             kind = self._received[0].name if self._received else "another rank was told to stop"
@@ -288,7 +288,7 @@ class Trainer:
 
     def _step(self, batch: Batch, name: str, stage: Stage, progress: Progress) -> _Taken:
         model, optimizer, train, spread = self.model, self._optimizer, self.config.train, self._spread
-        marks = Marks(self.device)
+        marks = Marks(self.device, self._waits)
         batch = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
             for key, value in batch.items()
@@ -314,7 +314,6 @@ class Trainer:
                 marks.passed("forward")
                 self._scale.scaled(loss).backward()
                 marks.passed("backward")
-                marks.waited(self._last_gradient)
         spread.finish(averaged=not divided)
         if self.world.size > 1:
             marks.passed("communication")
