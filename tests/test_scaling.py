@@ -259,8 +259,9 @@ def fsdp_waits_for_the_late_rank(rank: int, world: int) -> None:
             marks.passed("backward")
             whole = time.perf_counter() - begin
             model.zero_grad(set_to_none=True)
-            assert sum(marks.seconds().values()) == pytest.approx(whole, abs=0.02)
-            return marks.seconds()
+            found = marks.seconds()
+            assert sum(found.values()) == pytest.approx(whole, abs=0.02) and min(found.values()) >= 0
+            return found
 
         step(), step()
         first, second = model.blocks

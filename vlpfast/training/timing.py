@@ -144,8 +144,8 @@ class BlockWaits(LastGradient):
         if block not in self._met:  # its parameters are whole now, those of blocks within it are not
             self._met.add(block)
             self._listen(p for p in block.parameters() if not isinstance(p, DTensor))
-        for before, after in zip(self._given, _with_gradient((arguments, named)), strict=True):
-            if after is not before:  # they went through one node, whose backward hands the block's gradients on
+        for before, after in zip(self._given, _with_gradient((arguments, named)), strict=False):
+            if after is not before:  # all went through one node, whose backward hands the block's gradients on
                 after.grad_fn.register_prehook(self._begin)
                 after.grad_fn.register_hook(self._end)
                 break
