@@ -113,7 +113,7 @@ def open_clip_step(model: CLIP, batch: Batch, part: int, autocast: Callable[[], 
 def vlpfast_step(model: CLIP, batch: Batch, part: int, autocast: Callable[[], Any]) -> Step:
     optimizer = build_optimizer(model, TRAIN, "train", Stage())
     spread = Spread(model, TRAIN, World(device=batch["image"].device))
-    spread.begin_stage({})
+    spread.begin_stage()
 
     def step() -> Tensor:
         model.before_step(0)

@@ -130,7 +130,7 @@ def towers(strategy: str, world: int, rank: int, dtype: torch.dtype | None = Non
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     whole = sum(p.numel() for p in model.parameters())
     spread = Spread(model, TrainConfig(strategy=strategy), World(rank, world), dtype)
-    spread.begin_stage({})
+    spread.begin_stage()
     about = setting(world, parameters=whole, in_blocks=sum(sizes), largest_block=max(sizes))
     return model, spread, replace(about, weight_item=(dtype or torch.float32).itemsize)
 
@@ -249,18 +249,18 @@ def fsdp_waits_for_the_late_rank(rank: int, world: int) -> None:
                 block.compile(backend="eager")
         waits = spread.waits()
 
-        def step(model: LateTower = model, spread: Spread = spread, waits: Any = waits, x: Tensor = x) -> dict[str, float]:
+        def step(model: LateTower = model, spread: Spread = spread, waits: Any = waits, x: Tensor = x) -> list[dict[str, float]]:
+            """The parts of a step, of both ranks."""
             dist.barrier()
-            begin = time.perf_counter()
             marks = Marks(torch.device("cpu"), waits)
             loss = spread("__call__", x)
             marks.passed("forward")
             loss.backward()
             marks.passed("backward")
-            whole = time.perf_counter() - begin
             model.zero_grad(set_to_none=True)
-            found = marks.seconds()
-            assert sum(found.values()) == pytest.approx(whole, abs=0.02) and min(found.values()) >= 0
+            found: list[Any] = [None, None]
+            dist.all_gather_object(found, marks.seconds())
+            assert min(*found[0].values(), *found[1].values()) > -1e-6, found
             return found
 
         step(), step()
@@ -271,23 +271,32 @@ def fsdp_waits_for_the_late_rank(rank: int, world: int) -> None:
             "the second block's backward": (second, (0.0, 0.3)),
             "the first block's backward": (first, (0.0, 0.3)),
             "the backward before the blocks": (model, 0.3),
+            "the first block's backward, the last": (first, (0.0, 0.3)),  # its last gradient comes before it hands them on
         }
         for where in list(places)[:: 3 if compiled else 1]:
             place, late = places[where]
-            on_time = place.late
+            model.first.requires_grad_("the last" not in where)
+            on_time, own = place.late, "forward" if "forward" in where else "backward"
             place.late = late if rank else on_time
-            found: list[Any] = [None, None]
-            dist.all_gather_object(found, step())
+            for _ in range(5):  # either rank may be late for reasons of the machine's
+                early, slow = step()
+                right = early["communication"] > 0.2 and early["forward"] + early["backward"] < 0.15
+                if right and slow["communication"] < 0.15 and slow[own] > 0.29:
+                    break
+            else:
+                raise AssertionError((where, early, slow))
             place.late = on_time
-            own = "forward" if "forward" in where else "backward"
-            assert found[0]["communication"] > 0.2 and found[0]["forward"] + found[0]["backward"] < 0.15, (where, found)
-            assert found[1]["communication"] < 0.15 and found[1][own] > 0.29, (where, found)
 
-        with spread.gathered(), torch.no_grad():
-            first.late = 0.3 * rank, 0.0
-            model.encode(x)
-            first.late = 0.0, 0.0
-        assert waits._spans and step()["communication"] < 0.15  # what was waited for in between is of no step
+        for _ in range(5):
+            with spread.gathered(), torch.no_grad():
+                first.late = 0.3 * rank, 0.0
+                model.encode(x)
+                first.late = 0.0, 0.0
+            assert waits._spans
+            if step()[0]["communication"] < 0.15:  # what was waited for in between is of no step
+                break
+        else:
+            raise AssertionError("an evaluation's waits are counted")
         waits.close()
         step()
         assert not waits._spans

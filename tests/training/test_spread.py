@@ -143,7 +143,8 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.norm, self.head = nn.Embedding(5, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.embedding, self.place = nn.Embedding(5, 8), nn.Linear(1, 8)
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
         self.blocks = nn.ModuleList(Scaled() for _ in range(2))
         self.scale = nn.Parameter(torch.tensor(1.5))
 
@@ -154,7 +155,7 @@ class Plain(nn.Module):
 
     def encode(self, ids: Tensor) -> Tensor:
         """[B] int64 -> [B, 3]."""
-        x = self.embedding(ids)
+        x = self.embedding(ids) + self.place(ids[:, None].float())
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
@@ -176,7 +177,7 @@ def gradients_are_those_of_rounded_weights_summed_in_float32(rank: int, world: i
         torch.manual_seed(3 + rank)  # rank 0's parameters are taken
         model = Plain()
         spread = Spread(model, TrainConfig(strategy="fsdp"), World(rank, world), dtype)
-        spread.begin_stage({})
+        spread.begin_stage()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             loss = spread("__call__", ids[rank::world])["loss"]
         wide = dtype or torch.float32

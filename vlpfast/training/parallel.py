@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -105,14 +105,12 @@ class _Entry(nn.Module):
     sent to the GPU, and features that no loss uses would get gradients of zero. They do not look into a call.
     """
 
-    def __init__(self, model: nn.Module, idle: Collection[str] = ()) -> None:
-        """idle: losses that are not differentiated, for whose gradients DistributedDataParallel would wait."""
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.idle = model, idle
+        self.model = model
 
     def forward(self, call: Callable[[], Any]) -> Any:
-        made = call()
-        return {key: loss.detach() if key in self.idle else loss for key, loss in made.items()} if self.idle else made
+        return call()
 
 
 class Spread:
@@ -159,7 +157,6 @@ class Spread:
         self.unused: list[str] = []  # trained parameters that had no gradient on some rank in the first step of this stage (ddp)
         self._entry: nn.Module | None = _Entry(model)
         self._replicated: list[nn.Parameter] = []  # whose gradients are averaged here
-        self._idle: list[str] = []
         self._first = self._finds = False  # ddp: before the end of a stage's first step; looks for what has no gradient
         self._sharded = world.size > 1 and train.strategy == "fsdp"
         if world.size > 1:
@@ -168,10 +165,9 @@ class Spread:
         if self._sharded:
             self._shard(repeated)
 
-    def begin_stage(self, losses: Mapping[str, float]) -> None:
-        """Once it is settled which parameters are trained. losses: weights by name, those that are not 1."""
+    def begin_stage(self) -> None:
+        """Once it is settled which parameters are trained."""
         if self.world.size > 1 and not self._sharded:
-            self._idle = [name for name, weight in losses.items() if not weight]
             self._first, self._entry, self.unused = True, None, []
 
     def waits(self) -> LastGradient | None:
@@ -196,7 +192,7 @@ class Spread:
         parallel = nn.parallel.DistributedDataParallel
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(parallel).parameters else "broadcast_buffers"
         return parallel(
-            _Entry(self.model, self._idle),
+            _Entry(self.model),
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
             bucket_cap_mb=BUCKET_MIB,
             gradient_as_bucket_view=True,

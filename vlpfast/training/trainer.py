@@ -198,7 +198,7 @@ class Trainer:
                 self._display.say(f"stage {name}: weights from {source}")
         self._weights = working_weights(self.model, train.precision)
         with self._weights:
-            self._spread.begin_stage(stage.losses)
+            self._spread.begin_stage()
         self._optimizer = build_optimizer(self.model, train, name, stage)
         self._average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         if state is not None:
