@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -119,8 +120,34 @@ def a_gradient_that_fails_to_come_is_named(rank: int, world: int, folder: Path) 
     """On all ranks, so that none waits. The first step of a stage that used all says so."""
     how = ("train.steps=3", "model.rare=none", "stages.s={frozen: ['spare*', 'audio*', bias]}")
     for micro in (0, 5):
-        with pytest.raises(UserError, match=r"rare_head.weight has no gradient in this step.*set train.find_unused=true"):
+        with pytest.raises(UserError, match=r"rare_head.bias has no gradient in this step.*set train.find_unused=true"):
             trained(folder / f"fails-{micro}", World(rank, world), *how, f"train.micro_batch={micro}", model=Partly)
+
+
+class Odd(nn.Module):
+    """Every kind of memory that a parameter or a buffer may be in."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.conv = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        self.register_buffer("turned", torch.randn(3, 2, generator=generator).T)
+        self.register_buffer("flags", torch.randint(2, (7,), generator=generator).bool())
+        self.register_buffer("count", torch.randint(10**6, (), generator=generator))
+        self.register_buffer("short", torch.randn(5, generator=generator).bfloat16())
+
+
+def ranks_begin_with_the_first_ones_model(rank: int, world: int, folder: Path) -> None:
+    expected = Odd(0).state_dict()
+    for strategy in ("ddp", "fsdp"):
+        model = Odd(rank)
+        if strategy == "fsdp":  # whose parameters have to lie in order
+            model.to(memory_format=torch.contiguous_format)
+        assert rank == 0 or not any(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+        Spread(model, TrainConfig(strategy=strategy), World(rank, world))
+        assert all(torch.equal(whole(value), expected[key]) for key, value in model.state_dict().items())
 
 
 # --- FSDP2 in half precision ---------------------------------------------------------------------------------------------
@@ -222,6 +249,12 @@ def half_precision_trains_and_its_checkpoints_are_of_float32(rank: int, world: i
         assert found != losses and found == pytest.approx(losses, rel=0.02), name
         assert {whole(parameter).dtype for parameter in trainer.model.parameters()} == {torch.float32}
         assert not torch.equal(whole(trainer.model.text_in.weight), whole(trainer.model.text_in.weight).bfloat16().float())
+        for line in (folder / name / "run" / "metrics.jsonl").read_text().splitlines():
+            seconds = json.loads(line)["seconds"]
+            assert seconds["communication"] > 0 and min(seconds.values()) >= -1e-6
+    half = ("train.steps=6", "train.precision=bf16_params")  # of replicated parameters: DDP meets their bf16 copies
+    _, found = trained(folder / "replicated", world_of, *half)
+    assert found != losses and found == pytest.approx(losses, rel=0.02)
     path = folder / "bf16-0" / "run" / "checkpoints" / "step-00000006"
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     assert {entry.properties.dtype for entry in stored.values()} == {torch.float32}
@@ -237,6 +270,7 @@ def test_two_ranks(tmp_path: Path, alone: dict[str, Any]) -> None:
         partial(unused_parameters, alone=alone),
         what_is_not_used_is_looked_for_only_where_it_must_be,
         a_gradient_that_fails_to_come_is_named,
+        ranks_begin_with_the_first_ones_model,
         gradients_are_those_of_rounded_weights_summed_in_float32,
         half_precision_trains_and_its_checkpoints_are_of_float32,
     ]

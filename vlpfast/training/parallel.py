@@ -159,9 +159,13 @@ class Spread:
         self._replicated: list[nn.Parameter] = []  # whose gradients are averaged here
         self._first = self._finds = False  # ddp: before the end of a stage's first step; looks for what has no gradient
         self._sharded = world.size > 1 and train.strategy == "fsdp"
+        self._trained: dict[str, nn.Parameter] = {}  # of this stage, from the end of its first step on (ddp)
         if world.size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.data, src=0)
+                values = tensor.data.contiguous()  # gloo sends no other
+                dist.broadcast(values, src=0)
+                if not tensor.is_contiguous():
+                    tensor.data.copy_(values)
         if self._sharded:
             self._shard(repeated)
 
@@ -227,11 +231,13 @@ class Spread:
         if self._sharded:
             _average([parameter for parameter in self._replicated if parameter.grad is not None], self.world)
             return
-        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        without = [name for name, parameter in trained.items() if parameter.grad is None]
+        if self._first:
+            self._trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        trained = self._trained
+        without = {name for name, parameter in trained.items() if parameter.grad is None}
         if without and not (self._first or self._finds):
             raise UserError(
-                f"{without[0]} has no gradient in this step, and had one in the first of the stage: set train.find_unused=true"
+                f"{min(without)} has no gradient in this step, and had one in the first of the stage: set train.find_unused=true"
             )
         if averaged and not self._first:
             return
