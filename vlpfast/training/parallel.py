@@ -265,17 +265,16 @@ class Spread:
         with torch.no_grad():
             self._entry(lambda: None)  # FSDP2 learns at the first entry which module is the outermost
         self._entry.unshard()
-        before = dict(vars(self.model))
-        if self.dtype is not None:
-            for name, _ in getmembers(type(self.model), isfunction):
-                if name == "forward" or not hasattr(nn.Module, name):
-                    vars(self.model)[name] = self._cast(getattr(self.model, name))
+        own, names = vars(self.model), [name for name, _ in getmembers(type(self.model), isfunction)]
+        names = [name for name in names if self.dtype is not None and (name == "forward" or not hasattr(nn.Module, name))]
+        before = {name: own[name] for name in names if name in own}
+        own.update({name: self._cast(getattr(self.model, name)) for name in names})
         try:
             yield
         finally:
-            for name in set(vars(self.model)) - set(before):
-                del vars(self.model)[name]
-            vars(self.model).update(before)
+            for name in names:
+                del own[name]
+            own.update(before)
             self._entry.reshard()
 
     def _cast(self, method: Callable[..., T]) -> Callable[..., T]:
