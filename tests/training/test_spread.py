@@ -73,7 +73,7 @@ CASES = {
     "on some ranks": (["stages.s={losses: {extra: 0}}", "train.find_unused=true"], NEVER),
     "in some steps": (["stages.s={losses: {extra: 0}}", "train.find_unused=true", "model.rare=none"], NEVER),
 }
-SETTINGS = ("train.steps=5", "train.weight_decay=0.5")  # what had a gradient of zero would shrink
+SETTINGS = ("train.steps=4", "train.weight_decay=0.5")  # what had a gradient of zero would shrink
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def unused_parameters(rank: int, world: int, folder: Path, alone: dict[str, Any]) -> None:
     seed_everything(0)
     before = Partly(Partly.Config()).state_dict()
-    for (name, (settings, never)), strategy, micro in product(CASES.items(), ("ddp", "fsdp"), (0, 5)):
+    tried = [*product(["always"], ["ddp", "fsdp"], [0, 5]), *product(["on some ranks"], ["ddp"], [0, 5])]
+    for name, strategy, micro in [*tried, *product(["in some steps"], ["ddp", "fsdp"], [0])]:
+        (settings, never), (losses, after) = CASES[name], alone[name]
         if strategy == "fsdp":
-            if name == "on some ranks":
-                continue
             settings = [text for text in settings if "find_unused" not in text]
-        losses, after = alone[name]
         label = f"{name}, {strategy}, micro-batches of {micro}"
         how = (*SETTINGS, *settings, f"train.strategy={strategy}", f"train.micro_batch={micro}")
         trainer, found = trained(folder / label, World(rank, world), *how, model=Partly)
@@ -239,9 +238,9 @@ def gradients_are_those_of_rounded_weights_summed_in_float32(rank: int, world: i
 def half_precision_trains_and_its_checkpoints_are_of_float32(rank: int, world: int, folder: Path) -> None:
     """With accumulation, an average of the weights, recomputed blocks; and another strategy and precision goes on with them."""
     world_of = World(rank, world)
-    common = ("train.strategy=fsdp", "train.ema_decay=0.9", "train.activation_checkpointing=true", "train.steps=6")
+    common = ("train.strategy=fsdp", "train.ema_decay=0.9", "train.activation_checkpointing=true", "train.steps=4")
     _, losses = trained(folder / "exact", world_of, *common, "train.precision=fp32")
-    for precision, micro in product(("bf16", "fp16"), (0, 5)):
+    for precision, micro in (("bf16", 0), ("bf16", 5), ("fp16", 0)):
         name = f"{precision}-{micro}"
         trainer, found = trained(
             folder / name, world_of, *common, f"train.precision={precision}", f"train.micro_batch={micro}", "train.loss_scale=256"
@@ -252,15 +251,15 @@ def half_precision_trains_and_its_checkpoints_are_of_float32(rank: int, world: i
         for line in (folder / name / "run" / "metrics.jsonl").read_text().splitlines():
             seconds = json.loads(line)["seconds"]
             assert seconds["communication"] > 0 and min(seconds.values()) >= -1e-6
-    half = ("train.steps=6", "train.precision=bf16_params")  # of replicated parameters: DDP meets their bf16 copies
+    half = ("train.steps=4", "train.precision=bf16_params")  # of replicated parameters: DDP meets their bf16 copies
     _, found = trained(folder / "replicated", world_of, *half)
     assert found != losses and found == pytest.approx(losses, rel=0.02)
-    path = folder / "bf16-0" / "run" / "checkpoints" / "step-00000006"
+    path = folder / "bf16-0" / "run" / "checkpoints" / "step-00000004"
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     assert {entry.properties.dtype for entry in stored.values()} == {torch.float32}
     dist.barrier()
     _, after = trained(
-        folder / "bf16-0", world_of, "train.strategy=ddp", "train.ema_decay=0.9", "train.steps=8", "train.precision=bf16"
+        folder / "bf16-0", world_of, "train.strategy=ddp", "train.ema_decay=0.9", "train.steps=6", "train.precision=bf16"
     )
     assert len(after) == 2 and max(after) < losses[0]
 
@@ -275,10 +274,6 @@ def test_two_ranks(tmp_path: Path, alone: dict[str, Any]) -> None:
         half_precision_trains_and_its_checkpoints_are_of_float32,
     ]
     run(2, tmp_path, [partial(check, folder=tmp_path) for check in checks])
-
-
-def test_three_ranks(tmp_path: Path) -> None:
-    run(3, tmp_path, [partial(gradients_are_those_of_rounded_weights_summed_in_float32, folder=tmp_path)])
 
 
 def test_find_unused_is_for_ddp(tmp_path: Path) -> None:
