@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from ranks import run
 from test_parallel import Block, Pair, config, trained, whole
 from torch import Tensor, nn
@@ -235,6 +236,32 @@ def gradients_are_those_of_rounded_weights_summed_in_float32(rank: int, world: i
         assert "encode" not in vars(model) and "forward" not in vars(model)
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.plain = nn.LayerNorm(6), nn.LayerNorm(6, bias=False)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(self.norm(x))
+
+
+def norms_of_float32_are_made_in_it(rank: int, world: int, folder: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Normed(), torch.randn(4, 6)
+    rounded = [parameter.detach().bfloat16().float().requires_grad_() for parameter in model.parameters()]
+    spread = Spread(model, TrainConfig(strategy="fsdp"), World(rank, world), torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = spread("__call__", x)
+    expected = F.layer_norm(F.layer_norm(x, (6,), *rounded[:2]), (6,), rounded[2])
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for parameter, one in zip(model.parameters(), rounded, strict=True):
+        torch.testing.assert_close(whole(parameter.grad), one.grad, rtol=2e-2, atol=1e-2)  # handed on in bf16
+
+
 def half_precision_trains_and_its_checkpoints_are_of_float32(rank: int, world: int, folder: Path) -> None:
     """With accumulation, an average of the weights, recomputed blocks; and another strategy and precision goes on with them."""
     world_of = World(rank, world)
@@ -271,6 +298,7 @@ def test_two_ranks(tmp_path: Path, alone: dict[str, Any]) -> None:
         a_gradient_that_fails_to_come_is_named,
         ranks_begin_with_the_first_ones_model,
         gradients_are_those_of_rounded_weights_summed_in_float32,
+        norms_of_float32_are_made_in_it,
         half_precision_trains_and_its_checkpoints_are_of_float32,
     ]
     run(2, tmp_path, [partial(check, folder=tmp_path) for check in checks])

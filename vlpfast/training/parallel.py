@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -291,6 +292,10 @@ class Spread:
 
         self._replicated = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
         half = self.dtype is not None
+        if half and self.world.device.type == "cpu":
+            for module in self.model.modules():
+                if isinstance(module, nn.LayerNorm) and module.weight is not None:
+                    _take_float32(module)
         how: dict[str, Any] = {
             "mesh": init_device_mesh(self.world.device.type, (self.world.size,)),
             "mp_policy": MixedPrecisionPolicy(self.dtype, torch.float32 if half else None, cast_forward_inputs=False),
@@ -322,6 +327,20 @@ def _recompute(block: nn.Module) -> None:
         return checkpoint(forward, *arguments, use_reentrant=False, **named)
 
     block.forward = recomputing
+
+
+def _take_float32(norm: nn.LayerNorm) -> None:
+    """Where its input is float32 the norm is made in it, as autocast does on a GPU. A CPU's kernel refuses narrower weights."""
+    forward = norm.forward
+
+    @functools.wraps(forward)
+    def widening(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return forward(x)
+        weight, bias = (None if parameter is None else parameter.float() for parameter in (norm.weight, norm.bias))
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+    norm.forward = widening
 
 
 def _average(parameters: Iterable[nn.Parameter], world: World) -> None:
