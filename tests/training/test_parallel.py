@@ -101,19 +101,19 @@ class Share(ToyLoader):
             yield Batch(**{key: value[self.world.rank :: self.world.size] for key, value in batch.items()})
 
 
-def config(folder: Path, *overrides: str) -> RunConfig:
+def config(folder: Path, *overrides: str, model: type[Pair] = Pair) -> RunConfig:
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"pair-{os.getpid()}.yaml"  # ranks share the folder
     path.write_text(CONFIG)
-    return load_config(path, [f"train.run_dir={folder / 'run'}", *overrides], lambda name: Pair)
+    return load_config(path, [f"train.run_dir={folder / 'run'}", *overrides], lambda name: model)
 
 
-def trained(folder: Path, world: World, *overrides: str) -> tuple[Trainer, list[float]]:
+def trained(folder: Path, world: World, *overrides: str, model: type[Pair] = Pair) -> tuple[Trainer, list[float]]:
     """The trainer after its steps, and each step's loss."""
-    settings = config(folder, *overrides)
+    settings = config(folder, *overrides, model=model)
     seed_everything(settings.train.seed)
     losses: list[float] = []
-    trainer = Trainer(settings, Pair(settings.model.config), lambda name, stage: Share(world, 24), world)
+    trainer = Trainer(settings, model(settings.model.config), lambda name, stage: Share(world, 24), world)
     keep = trainer._write_taken
 
     def write(leave: int) -> None:
