@@ -255,6 +255,19 @@ def test_damage(tmp_path, tokenizer):
         next(iter(make_loader(str(tmp_path), PICTURES, tokenizer, 90, train=True, backend="plain")))
 
 
+def test_damage_among_many_pictures_is_that_of_its_document(tmp_path, tokenizer):
+    """Pictures are decoded in parts of as many as there are rows."""
+
+    def change(i, members):
+        return members | {"1.png": members["1.png"][: len(members["1.png"]) // 2]} if i in (6, 15, 22) else members
+
+    spec = DataSpec(ImageSpec(16), None, documents=DocumentSpec(150))
+    loader = make_loader(write_documents(tmp_path, change=change), spec, tokenizer, 2, train=False, backend="plain")
+    batches = list(loader)
+    assert {name[-3:] for name in loader.skipped} == {"006", "015", "022"} and max(len(batch["image"]) for batch in batches) > 10
+    assert [i for batch in batches for i in batch["index"].tolist()] == [i for i in range(40) if i not in (6, 15, 22)]
+
+
 def test_mixtures_of_documents(tmp_path, tokenizer):
     patterns = {"a": write_texts(tmp_path / "a"), "b": write_documents(tmp_path / "b")}
     loader = make_loader(patterns, PICTURES, tokenizer, 4, train=True, backend="plain", weights={"a": 1, "b": 3})
