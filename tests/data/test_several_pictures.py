@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from vlpfast.data import ShardWriter, make_loader
+from vlpfast.data.inspect import stats
 from vlpfast.data.shards import verify
 from vlpfast.types import AugmentSpec, DataSpec, ImageSpec, RandAugmentSpec, UserError, ViewSpec
 
@@ -144,3 +145,13 @@ def test_verify_looks_at_each_picture(tmp_path):
     report = verify(pairs)
     found = [pair for shard in report.shards for pair in shard.damaged]
     assert [key for key, _ in found] == ["k03", "k08"] and all(reason.startswith("1.") for _, reason in found)
+
+
+def test_captions_in_a_list(tmp_path):
+    """stats and verify take them as the loader's evaluation does."""
+    with ShardWriter(tmp_path, "s") as writer:
+        for i, captions in enumerate((["one two", "three"], [], ["a", 3])):
+            writer.write(f"k{i}", {"jpg": encoded(i), "json": json.dumps({"caption": captions}).encode()})
+    found = [pair for shard in verify(str(tmp_path)).shards for pair in shard.damaged]
+    assert [key for key, _ in found] == ["k1", "k2"] and all(reason.startswith("no caption") for _, reason in found)
+    assert stats(str(tmp_path)).words == [2, 1]  # "one two", "a"
