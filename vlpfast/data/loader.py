@@ -98,6 +98,9 @@ def make_loader(
     out, logged and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in
     the member `json`; all other fields are the JSON's.
 
+    With spec.documents a batch is `batch_size` rows of packed documents instead, of any number of samples: see DocumentLoader in
+    packing.py.
+
     patterns: shards as ShardSet takes them, or those of each source by its name. weights: share of the samples by source, of any
     sum; "sqrt": in proportion to the square roots of the sources' sizes; None: to the sizes. templates, answers: by source and
     text, in place of those of the TextSpec. subset: positions of the samples that count among all samples of the shards, which
