@@ -394,3 +394,9 @@ def test_other_numbers_of_ranks_see_each_sample_once(tmp_path: Path) -> None:
     one_part_of_an_epoch(0, 1, tmp_path, 8)
     seen = [i for log in tmp_path.glob("log*") for line in log.read_text().splitlines() for i in json.loads(line)]
     assert len(seen) == 8 * 12 == len(set(seen)) and not {7, 40, 41} & set(seen)
+
+
+def test_rows_that_are_not_samples_cannot_be_divided() -> None:
+    batch = {"image": torch.zeros(4, 3), "answer": torch.zeros(6, 2), "answer_of": torch.tensor([0, 0, 1, 2, 3, 3])}
+    with pytest.raises(UserError, match=r"train\.micro_batch: .* answer_of is there"):
+        feature_cache.divide(batch, 2)
