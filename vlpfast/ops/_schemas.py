@@ -410,7 +410,7 @@ def _(x: Tensor, delta, size, kept: Tensor, source, target, weight, bias, eps, w
 @torch.library.register_fake("vlpfast::add_merge_norm_bwd_triton")
 def _(grad_y, grad_normed, y: Tensor, stats, size, index: Tensor, kept, weight, delta_dtype, need_x, need_weight):
     (batch, n), c = index.shape, y.shape[2]
-    norm = {"size": c if need_weight else 0, "dtype": accumulate_dtype(y.dtype)}
+    norm = {"size": (c if need_weight else 0,), "dtype": accumulate_dtype(y.dtype)}
     return (
         y.new_empty((batch if need_x else 0, n, c)),
         y.new_empty((batch if need_x and delta_dtype is not None else 0, n, c), dtype=delta_dtype or y.dtype),

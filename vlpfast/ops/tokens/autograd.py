@@ -102,8 +102,10 @@ class _AddMergeNormGradient(torch.autograd.Function):
     generate_vmap_rule = True  # torch.func.jacrev
 
     @staticmethod
-    def forward(backend, *arguments):
-        return backends.operator("add_merge_norm_bwd", backend)(*arguments)
+    def forward(backend, grad_y, grad_normed, y, stats, size, index, kept, weight, delta_dtype, need_x, need_weight):
+        return backends.operator("add_merge_norm_bwd", backend)(
+            grad_y, grad_normed, y, stats, size, index, kept, weight, delta_dtype, need_x, need_weight
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
