@@ -96,7 +96,7 @@ def add_merge_norm(
     Gradients go to x, delta, weight and bias; the same bits for any number of threads.
 
     Raises:
-        TypeError, ValueError: a wrong argument, named; on CUDA more than 16384 channels.
+        TypeError, ValueError: a wrong argument, named; on CUDA more than 8192 channels.
 
     Bolya et al. 2023, "Token merging: your ViT but faster", section 3; Ba et al. 2016, "Layer normalization".
     """
