@@ -79,18 +79,19 @@ def mixed(
         other = _next(other, m, source, target, target_step, source_step, R, BLOCK_R)
     if writes:
         tl.store(totals + image * PLACES + m, tl.where(right, total, float("nan")), mask=inside)
-    result = tl.full((BLOCK_M, BLOCK_N), -0.0, tl.float32)  # a token alone keeps the sign of its zeros
+    # a token alone keeps the sign of its zeros; a place out of range stays NaN, whatever comes to it
+    result = tl.where(right[:, None], -0.0, tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32))
     other = first_other
     token = tl.minimum(own, other)
-    begun = tl.zeros((BLOCK_M,), tl.int1)
-    channel = c.to(tl.int64)[None, :]
+    begun = ~right
     while tl.min(token, 0) < NOWHERE:
         there = token < N
-        at = token.to(tl.int64)[:, None]
         mask = there[:, None] & (c < C)[None, :]
-        value = tl.load(x + at * x_token + channel * x_channel, mask=mask, other=0.0).to(tl.float32)
+        at = x + token.to(tl.int64)[:, None] * x_token + c.to(tl.int64)[None, :] * x_channel
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if delta is not None:
-            value += tl.load(delta + at * delta_token + channel * delta_channel, mask=mask, other=0.0).to(tl.float32)
+            at = delta + token.to(tl.int64)[:, None] * delta_token + c.to(tl.int64)[None, :] * delta_channel
+            value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if LARGEST:
             larger = (value > result) | ((value != value) & (result == result)) | ~begun[:, None]
             result = tl.where(there[:, None] & larger, value, result)
@@ -106,8 +107,7 @@ def mixed(
         if tl.max((other == token).to(tl.int32), 0) > 0:
             other = tl.where(other == token, _next(token, m, source, target, target_step, source_step, R, BLOCK_R), other)
         token = tl.minimum(own, other)
-    result = tl.where(begun[:, None], result, 0.0)
-    return tl.where(right[:, None], result, float("nan")), total
+    return tl.where(begun[:, None], result, 0.0), total
 
 
 @triton.jit
