@@ -353,15 +353,16 @@ _MERGE_BWD = (
     "(Tensor grad_y, Tensor? grad_total, Tensor index, Tensor? weight, Tensor? total, Tensor? x, "
     "bool mean, bool largest, bool need_x, bool need_weight) -> (Tensor dx, Tensor dweight)"
 )
-# y, the means of x + delta, unrounded, under `size` [B, N] if weighted, else of equal weights; total [B, N - r] the sums of size (None:
-# 1 each); normed [B, N - r, C] y's layer norm under weight and bias [C], in y's dtype or the accumulating one (wide). delta is in
-# x's dtype, or in a half type beside float32. stats [3, B, N - r]: mean and reciprocal deviation of y's rows, then the sums of what
-# tokens weigh. size, weight, bias, total and stats in the accumulating dtype.
+# y, the means of x + delta, which is not rounded, under size [B, N] if weighted, else of equal weights; total [B, N - r] the sums
+# of size (None: 1 each); normed [B, N - r, C] y's layer norm under weight and bias [C], in y's dtype or the accumulating one
+# (wide). delta is in x's dtype, or in a half type beside float32. stats [3, B, N - r]: mean and reciprocal deviation of y's rows,
+# then the sums of what tokens weigh. size, weight, bias, total and stats are in the accumulating dtype.
 _ADD_MERGE_NORM_FWD = (
     "(Tensor x, Tensor delta, Tensor? size, Tensor kept, Tensor source, Tensor target, Tensor weight, Tensor bias, float eps, "
     "bool weighted, bool wide) -> (Tensor y, Tensor total, Tensor normed, Tensor stats)"
 )
-# size: of a mean under sizes, else None. ddelta, where delta has another dtype than x: dx in it, else empty, as is what is not needed.
+# size: of a mean under sizes, else None. ddelta: dx in delta's dtype where that is another than x's. What is not needed comes back
+# empty.
 _ADD_MERGE_NORM_BWD = (
     "(Tensor grad_y, Tensor grad_normed, Tensor y, Tensor stats, Tensor? size, Tensor index, Tensor kept, Tensor weight, "
     "ScalarType? delta_dtype, bool need_x, bool need_weight) -> (Tensor dx, Tensor ddelta, Tensor dweight, Tensor dbias)"

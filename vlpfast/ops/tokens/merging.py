@@ -1,5 +1,5 @@
-"""merge and unmerge: the tokens that a Match brings together, and back; add_merge_norm: merge with what is before and after it in a
-transformer; track: where each token went."""
+"""merge and unmerge: the tokens that a Match brings together, and back; add_merge_norm: merge with what stands around it in a block;
+track: where each token went."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ def add_merge_norm(
     eps: float = 1e-5,
     mode: Literal["mean", "weighted"] = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, size = merge(x + delta, match, size, mode=mode); y, size, layer_norm(y, C, weight, bias, eps): in one pass over the tokens.
+    """merge between a residual and a layer norm, in one pass over the tokens.
 
-    That is what a block of ToMe does between its attention, which gives delta, and its feed-forward part.
+    y, size = merge(x + delta, match, size, mode=mode); normed = layer_norm(y, C, weight, bias, eps): what a block of ToMe does
+    between its attention, which gives delta, and its feed-forward part.
 
     Args:
         x: [B, N, C] float32, float64, bfloat16 or float16, any strides.

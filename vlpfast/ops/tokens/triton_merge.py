@@ -57,8 +57,10 @@ def mixed(
     target_image, target_step,
     MEAN: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Channels c of places m: what the tokens of each become [M, N], the sum of their weights [M], kept in `totals` if the program
-    writes. delta: added to x."""
+    """Channels c of places m: what the tokens of each become [M, N], the sum of their weights [M].
+
+    delta: added to x. writes: whether the program stores the sums in `totals`.
+    """
     inside = m < PLACES
     x += image * x_image
     source += image * source_image

@@ -27,7 +27,7 @@ PARTS = 512  # programs that add up the gradients of weight and bias
 
 @triton.jit
 def _merge_norm(
-    y, totals, normed, stats, x, delta, size, kept, source, target, weight, bias, ROWS, N, PLACES, R, C, eps,
+    y, totals, normed, stats, x, delta, size, kept, source, target, weight, bias, N, PLACES, R, C, OF_RSTD, OF_WEIGHTS, eps,
     x_image, x_token, x_channel, delta_image, delta_token, delta_channel, size_image, size_token,
     kept_image, kept_step, source_image, source_step, target_image, target_step, weight_step, bias_step,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -35,7 +35,7 @@ def _merge_norm(
     """BLOCK_M places; BLOCK_N channels are all. No totals: they are made elsewhere."""
     image, m, c = rows_and_columns(PLACES, C, BLOCK_M, BLOCK_N)
     result, total = mixed(
-        stats + 2 * ROWS, True, x, delta, size, kept, source, target, image, m, c, N, PLACES, R, C, x_image, x_token, x_channel,
+        stats + OF_WEIGHTS, True, x, delta, size, kept, source, target, image, m, c, N, PLACES, R, C, x_image, x_token, x_channel,
         delta_image, delta_token, delta_channel, size_image, size_token, kept_image, kept_step, source_image, source_step,
         target_image, target_step, True, False, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
@@ -55,16 +55,16 @@ def _merge_norm(
     out = difference * rstd[:, None] * scale[None, :] + shift[None, :]
     tl.store(normed + at, narrow(out, normed.dtype.element_ty), mask=inside[:, None] & columns)
     tl.store(stats + row, mean, mask=inside)
-    tl.store(stats + ROWS + row, rstd, mask=inside)
+    tl.store(stats + OF_RSTD + row, rstd, mask=inside)
     if totals is not None:
         tl.store(totals + row, total, mask=inside)
 
 
 @triton.jit
 def _norm_gradient(
-    dx, ddelta, partial, grad_y, grad_normed, y, stats, size, index, kept, weight, TOKENS, PER_PART, ROWS, N, PLACES, C,
-    grad_image, grad_place, grad_channel, normed_image, normed_place, normed_channel, y_image, y_place, y_channel,
-    size_image, size_token, index_image, index_token, kept_image, kept_step, weight_step,
+    dx, ddelta, partial, grad_y, grad_normed, y, stats, size, index, kept, weight, TOKENS, PER_PART, N, PLACES, C,
+    OF_RSTD, OF_WEIGHTS, grad_image, grad_place, grad_channel, normed_image, normed_place, normed_channel,
+    y_image, y_place, y_channel, size_image, size_token, index_image, index_token, kept_image, kept_step, weight_step,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """PER_PART of all images' tokens, BLOCK_M at a time; partial [parts, 2, C]: what their places add to weight's and bias's."""
@@ -90,7 +90,7 @@ def _norm_gradient(
         value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         row = image * PLACES + place
         mean = tl.load(stats + row, mask=there, other=0.0)[:, None]
-        rstd = tl.load(stats + ROWS + row, mask=there, other=0.0)[:, None]
+        rstd = tl.load(stats + OF_RSTD + row, mask=there, other=0.0)[:, None]
         unit = tl.where(mask, (value - mean) * rstd, 0.0)
         if partial is not None:
             own = tl.load(kept + image * kept_image + place * kept_step, mask=there, other=-1)
@@ -103,7 +103,7 @@ def _norm_gradient(
             product = g * scale
             sums = (tl.sum(product, 1) / width)[:, None]
             slope = (tl.sum(product * unit, 1) / width)[:, None]
-            total = tl.load(stats + 2 * ROWS + row, mask=there, other=0.0)
+            total = tl.load(stats + OF_WEIGHTS + row, mask=there, other=0.0)
             weighs = there.to(tl.float32)
             if size is not None:
                 weighs = tl.load(size + image * size_image + n * size_token, mask=there, other=0.0)
@@ -161,8 +161,9 @@ def forward(
     launch(
         _merge_norm, (batch * cdiv(places, chosen["BLOCK_M"]),),
         y=y, totals=None if counted else total, normed=normed, stats=stats, x=x, delta=delta, size=size, kept=kept,
-        source=source, target=target, weight=weight, bias=bias, ROWS=batch * places, N=n, PLACES=places, R=source.shape[1], C=c,
-        eps=eps, **strides("x_image x_token x_channel", x), **strides("delta_image delta_token delta_channel", delta),
+        source=source, target=target, weight=weight, bias=bias, N=n, PLACES=places, R=source.shape[1], C=c,
+        OF_RSTD=batch * places, OF_WEIGHTS=2 * batch * places, eps=eps, **strides("x_image x_token x_channel", x),
+        **strides("delta_image delta_token delta_channel", delta),
         **strides("size_image size_token", size), **strides("kept_image kept_step", kept),
         **strides("source_image source_step", source), **strides("target_image target_step", target),
         **strides("weight_step", weight), **strides("bias_step", bias), **chosen,
@@ -196,8 +197,10 @@ def backward(
     launch(
         _norm_gradient, (parts,), dx=dx if need_x else None, ddelta=ddelta if need_x and delta_dtype else None, partial=partial,
         grad_y=grad_y, grad_normed=grad_normed, y=y, stats=stats, size=size, index=index, kept=kept, weight=weight,
-        TOKENS=batch * n, PER_PART=per_part, ROWS=batch * places, N=n, PLACES=places, C=c,
-        **strides("grad_image grad_place grad_channel", grad_y), **strides("normed_image normed_place normed_channel", grad_normed),
+        TOKENS=batch * n, PER_PART=per_part, N=n, PLACES=places, C=c,
+        OF_RSTD=batch * places, OF_WEIGHTS=2 * batch * places,
+        **strides("grad_image grad_place grad_channel", grad_y),
+        **strides("normed_image normed_place normed_channel", grad_normed),
         **strides("y_image y_place y_channel", y), **strides("size_image size_token", size),
         **strides("index_image index_token", index), **strides("kept_image kept_step", kept), **strides("weight_step", weight),
         **chosen,
