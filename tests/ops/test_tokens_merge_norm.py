@@ -19,6 +19,7 @@ from vlpfast.ops.flops import FlopCounterMode
 from vlpfast.ops.tokens import Match, add_merge_norm, bipartite_match, merge
 
 CHANNELS = 23
+FLOATING = ("x", "delta", "size", "weight", "bias")
 
 
 def example(dtype: torch.dtype = torch.float64, delta: torch.dtype | None = None, **more: Any) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def example(dtype: torch.dtype = torch.float64, delta: torch.dtype | None = None
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     dtypes = {"x": dtype, "delta": delta or dtype}
     return {
-        name: value.to(dtypes.get(name, wide)) if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value.to(dtypes.get(name, wide)) if name in FLOATING and isinstance(value, Tensor) else value
         for name, value in given.items()
     }
 
@@ -130,9 +131,7 @@ def test_dtypes_meet_as_in_a_sum(x: torch.dtype, delta: torch.dtype, result: tor
     with backends.use(backend):
         found = run(by_index, given)
     with backends.use("reference"):
-        expected = run(
-            by_index, {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
-        )
+        expected = run(by_index, {k: v.double() if k in FLOATING else v for k, v in given.items()})
     assert [t.dtype for t in found[:1] + found[2:5]] == [result, result, x, delta]
     assert found[5].dtype == given["weight"].dtype
     for f, e in zip(found, expected, strict=True):
@@ -166,9 +165,7 @@ def test_what_weighs_nothing_may_hold_anything(bad: float, backend: str) -> None
     given = example()
     nothing = (given["size"] == 0)[..., None]
     with backends.use(backend):
-        found = run(
-            by_index, given | {"x": given["x"].masked_fill(nothing, bad), "delta": given["delta"].masked_fill(nothing, bad)}
-        )
+        found = run(by_index, given | {name: given[name].masked_fill(nothing, bad) for name in ("x", "delta")})
         expected = run(by_index, given)
     assert nothing.sum() > 5 and equal(found, expected) and not found[3][nothing[..., 0]].any()
 

@@ -361,8 +361,8 @@ _ADD_MERGE_NORM_FWD = (
     "(Tensor x, Tensor delta, Tensor? size, Tensor kept, Tensor source, Tensor target, Tensor weight, Tensor bias, float eps, "
     "bool weighted, bool wide) -> (Tensor y, Tensor total, Tensor normed, Tensor stats)"
 )
-# size: of a mean under sizes, else None. ddelta: dx in delta's dtype where that is another than x's. What is not needed comes back
-# empty.
+# size: of a mean under sizes, else None. ddelta: dx in delta's dtype where that is another than x's, else empty, as is what is
+# not needed.
 _ADD_MERGE_NORM_BWD = (
     "(Tensor grad_y, Tensor grad_normed, Tensor y, Tensor stats, Tensor? size, Tensor index, Tensor kept, Tensor weight, "
     "ScalarType? delta_dtype, bool need_x, bool need_weight) -> (Tensor dx, Tensor ddelta, Tensor dweight, Tensor dbias)"

@@ -1,4 +1,4 @@
-"""merge and unmerge: the tokens that a Match brings together, and back; add_merge_norm: merge with what stands around it in a block;
+"""merge and unmerge: the tokens that a Match brings together, and back; add_merge_norm: merge with what a block has around it;
 track: where each token went."""
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def add_merge_norm(
     weighted: bool,
     wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [B, count, C], the means of x + delta, rounded once; the sums of sizes [B, count]; the layer norm of y as it is rounded."""
+    """y [B, count, C], the means of x + delta, rounded once; the sums of sizes [B, count]; the layer norm of y [B, count, C]."""
     dtype = accumulate_dtype(x.dtype)
     y, total = merge(x.to(dtype) + delta.to(dtype), index, count, size if weighted else None, mean=True)
     if size is not None and not weighted:
