@@ -8,8 +8,8 @@ B pictures of N tokens of width C, a class token among them. "eager" is what the
 copy of all tokens (GB/s: if they are float32); the floor is the copies' worth of numbers that must be read and written.
     merge            ToMe: the R best pairs by the cosine of their metrics of width M, then means weighted by size
     merge_forward    the same without gradients
-    add_merge_norm   what a block of ToMe does between its two parts: the residual, merge, a layer norm. "three calls": torch's sum,
-                     our merge, torch's norm
+    add_merge_norm   what a block of ToMe does between its two parts: the residual, merge, a layer norm. "three calls": a sum, our
+                     merge, a norm
     add_merge_norm_forward   the same without gradients
     mask             masked autoencoding: 25 % of the tokens, drawn at random, without gradients. A picture has equal tokens here:
                      errors do not depend on which ones were drawn
