@@ -18,7 +18,7 @@ namespace {
 
 constexpr int64_t kPartRows = 128; // whose gradients of weight and bias are summed together
 
-// sum of f(c) for c in [0, n), in kLanes partial sums
+// Loops that add up a row take nothing but numbers in the accumulating dtype: others would not be vectorised.
 template <class T, class F> VLPFAST_INLINE T sum_of(int64_t n, const F& f) {
     T sum[kLanes] = {};
     int64_t c = 0;
@@ -34,87 +34,78 @@ template <class T, class F> VLPFAST_INLINE T sum_of(int64_t n, const F& f) {
     return total;
 }
 
-// out = x + delta, rounded; the sum of out
-template <class In, class Delta>
-VLPFAST_CLONES Wide<In> add(const In* x, const Delta* delta, int64_t n, In* __restrict out) {
-    using T = Wide<In>;
-    return sum_of<T>(n, [&](int64_t c) {
-        out[c] = static_cast<In>(static_cast<T>(x[c]) + static_cast<T>(delta[c]));
-        return static_cast<T>(out[c]);
-    });
+template <class T> VLPFAST_CLONES T sum(const T* row, int64_t n) {
+    return sum_of<T>(n, [&](int64_t c) { return row[c]; });
 }
 
-// out += share * (x + delta), or = if it is the first
+template <class T> VLPFAST_CLONES T squares(const T* row, int64_t n, T mean) {
+    return sum_of<T>(n, [&](int64_t c) { return (row[c] - mean) * (row[c] - mean); });
+}
+
+template <class T> VLPFAST_CLONES T dot(const T* a, const T* b, int64_t n) {
+    return sum_of<T>(n, [&](int64_t c) { return a[c] * b[c]; });
+}
+
+// out = x + delta, rounded, and the row of it
 template <class In, class Delta, class T>
-VLPFAST_CLONES void add_share(const In* x, const Delta* delta, int64_t n, T share, bool first, T* __restrict out) {
+VLPFAST_CLONES void add(const In* x, const Delta* delta, int64_t n, In* __restrict out, T* __restrict row) {
+    for (int64_t c = 0; c < n; ++c) {
+        out[c] = static_cast<In>(static_cast<T>(x[c]) + static_cast<T>(delta[c]));
+        row[c] = static_cast<T>(out[c]);
+    }
+}
+
+// row += share * (x + delta), or = if it is the first
+template <class In, class Delta, class T>
+VLPFAST_CLONES void add_share(const In* x, const Delta* delta, int64_t n, T share, bool first, T* __restrict row) {
     if (first) {
         for (int64_t c = 0; c < n; ++c)
-            out[c] = share * (static_cast<T>(x[c]) + static_cast<T>(delta[c]));
+            row[c] = share * (static_cast<T>(x[c]) + static_cast<T>(delta[c]));
     } else {
         for (int64_t c = 0; c < n; ++c)
-            out[c] += share * (static_cast<T>(x[c]) + static_cast<T>(delta[c]));
+            row[c] += share * (static_cast<T>(x[c]) + static_cast<T>(delta[c]));
     }
 }
 
-// out = in, rounded; the sum of out
-template <class T, class Out> VLPFAST_CLONES T round(const T* in, int64_t n, Out* __restrict out) {
-    return sum_of<T>(n, [&](int64_t c) {
-        out[c] = static_cast<Out>(in[c]);
-        return static_cast<T>(out[c]);
-    });
+// out = row, rounded, and the row of it
+template <class T, class Out> VLPFAST_CLONES void round(T* __restrict row, int64_t n, Out* __restrict out) {
+    for (int64_t c = 0; c < n; ++c) {
+        out[c] = static_cast<Out>(row[c]);
+        row[c] = static_cast<T>(out[c]);
+    }
 }
 
-template <class In, class T> VLPFAST_CLONES T squares(const In* in, int64_t n, T mean) {
-    return sum_of<T>(n, [&](int64_t c) {
-        const T difference = static_cast<T>(in[c]) - mean;
-        return difference * difference;
-    });
-}
-
-template <class In, class T, class Out>
-VLPFAST_CLONES void normalize(const In* in, const T* weight, const T* bias, int64_t n, T mean, T rstd,
+template <class T, class Out>
+VLPFAST_CLONES void normalize(const T* row, const T* weight, const T* bias, int64_t n, T mean, T rstd,
                               Out* __restrict out) {
     for (int64_t c = 0; c < n; ++c)
-        out[c] = static_cast<Out>((static_cast<T>(in[c]) - mean) * rstd * weight[c] + bias[c]);
+        out[c] = static_cast<Out>((row[c] - mean) * rstd * weight[c] + bias[c]);
 }
 
-// What comes back through the norm, added to the gradient of y itself.
+// unit = y normalised, and what its gradient adds to those of weight and bias
 template <class In, class Normed, class T>
-VLPFAST_CLONES void gradient(const In* grad_y, const Normed* grad_normed, const In* y, const T* weight, int64_t n,
-                             T mean, T rstd, T* __restrict out) {
-    T products[kLanes] = {}, slopes[kLanes] = {};
-    const auto product = [&](int64_t c) { return static_cast<T>(grad_normed[c]) * weight[c]; };
-    const auto unit = [&](int64_t c) { return (static_cast<T>(y[c]) - mean) * rstd; };
-    int64_t c = 0;
-    for (; c + kLanes <= n; c += kLanes) {
-        for (int l = 0; l < kLanes; ++l) {
-            products[l] += product(c + l);
-            slopes[l] += product(c + l) * unit(c + l);
-        }
-    }
-    for (; c < n; ++c) {
-        products[0] += product(c);
-        slopes[0] += product(c) * unit(c);
-    }
-    T sum = 0, slope = 0;
-    for (int l = 0; l < kLanes; ++l) {
-        sum += products[l];
-        slope += slopes[l];
-    }
-    sum /= static_cast<T>(n);
-    slope /= static_cast<T>(n);
-    for (c = 0; c < n; ++c)
-        out[c] = static_cast<T>(grad_y[c]) + rstd * (product(c) - sum - unit(c) * slope);
-}
-
-template <class In, class Normed, class T>
-VLPFAST_CLONES void add_gradients(const Normed* grad_normed, const In* y, int64_t n, T mean, T rstd,
+VLPFAST_CLONES void add_gradients(const Normed* grad, const In* y, int64_t n, T mean, T rstd, T* __restrict unit,
                                   T* __restrict weight, T* __restrict bias) {
     for (int64_t c = 0; c < n; ++c) {
-        const T g = static_cast<T>(grad_normed[c]);
-        weight[c] += g * ((static_cast<T>(y[c]) - mean) * rstd);
+        const T g = static_cast<T>(grad[c]);
+        unit[c] = (static_cast<T>(y[c]) - mean) * rstd;
+        weight[c] += g * unit[c];
         bias[c] += g;
     }
+}
+
+template <class Normed, class T>
+VLPFAST_CLONES void multiply(const Normed* grad, const T* weight, int64_t n, T* __restrict product) {
+    for (int64_t c = 0; c < n; ++c)
+        product[c] = static_cast<T>(grad[c]) * weight[c];
+}
+
+// product = the gradient of y itself, and what comes back through the norm
+template <class In, class T>
+VLPFAST_CLONES void gradient(const In* grad_y, const T* unit, int64_t n, T rstd, T mean, T slope,
+                             T* __restrict product) {
+    for (int64_t c = 0; c < n; ++c)
+        product[c] = static_cast<T>(grad_y[c]) + rstd * (product[c] - mean - unit[c] * slope);
 }
 
 template <class T, class Out> VLPFAST_CLONES void scale(const T* in, int64_t n, T by, Out* __restrict out) {
@@ -161,7 +152,7 @@ void forward(const Tokens<In>& x, const Tokens<Delta>& delta, const Table<Wide<I
     struct Scratch {
         Buffer<In> x;
         Buffer<Delta> delta;
-        Buffer<T> sum;
+        Buffer<T> row;
     };
     each_place(groups, [&] {
         return [&, scratch = Scratch()](int64_t image, int64_t place) mutable {
@@ -173,26 +164,25 @@ void forward(const Tokens<In>& x, const Tokens<Delta>& delta, const Table<Wide<I
             const T weights = weighted ? sizes : static_cast<T>(end - begin);
             const auto share = [&](int32_t i) { return share_of(weighted ? size.at(image, i) : T(1), weights); };
             In* const out = y + row * C;
-            T sum;
+            T* const values = scratch.row.get(C);
             if (end - begin == 1 && share(*begin) == 1) {
-                sum = add(x.row(image, *begin, scratch.x), delta.row(image, *begin, scratch.delta), C, out);
+                add(x.row(image, *begin, scratch.x), delta.row(image, *begin, scratch.delta), C, out, values);
             } else {
-                T* const mixed = scratch.sum.get(C);
                 bool first = true;
                 for (const int32_t* i = begin; i < end; ++i) {
                     const T part = share(*i);
                     if (part == 0) // what weighs nothing may hold anything
                         continue;
-                    add_share(x.row(image, *i, scratch.x), delta.row(image, *i, scratch.delta), C, part, first, mixed);
+                    add_share(x.row(image, *i, scratch.x), delta.row(image, *i, scratch.delta), C, part, first, values);
                     first = false;
                 }
                 if (first)
-                    std::fill_n(mixed, C, T(0));
-                sum = round(mixed, C, out);
+                    std::fill_n(values, C, T(0));
+                round(values, C, out);
             }
-            const T width = static_cast<T>(C), mean = sum / width,
-                    rstd = 1 / std::sqrt(squares(out, C, mean) / width + static_cast<T>(norm.eps));
-            normalize(out, norm.weight, norm.bias, C, mean, rstd, normed + row * C);
+            const T width = static_cast<T>(C), mean = sum(values, C) / width,
+                    rstd = 1 / std::sqrt(squares(values, C, mean) / width + static_cast<T>(norm.eps));
+            normalize(values, norm.weight, norm.bias, C, mean, rstd, normed + row * C);
             total[row] = sizes;
             stats[row] = mean;
             stats[rows + row] = rstd;
@@ -242,24 +232,25 @@ void backward(const Tokens<In>& grad_y, const Tokens<Normed>& grad_normed, const
     const int64_t C = y.width, M = groups.places, N = groups.count, rows = groups.batch * M;
     const Parts parts(rows, kPartRows);
     Buffer<T> partial; // [parts, 2, C]
-    T* const sums = dweight ? partial.get(parts.count * 2 * C) : nullptr;
+    T* const sums = partial.get(parts.count * 2 * C);
     parts.each([&](int64_t part, int64_t start, int64_t length) {
         Buffer<In> of_grad_y, of_y;
         Buffer<Normed> of_grad_normed;
-        Buffer<T> buffer;
-        T *const g = buffer.get(C), *const weight_sum = sums + part * 2 * C, *const bias_sum = weight_sum + C;
-        if (sums)
-            std::fill_n(weight_sum, 2 * C, T(0));
+        Buffer<T> of_unit, of_product;
+        T *const unit = of_unit.get(C), *const g = of_product.get(C), *const weight_sum = sums + part * 2 * C,
+                 *const bias_sum = weight_sum + C;
+        std::fill_n(weight_sum, 2 * C, T(0));
         for (int64_t row = start; row < start + length; ++row) {
             const int64_t image = row / M, place = row % M;
             const Normed* const from_normed = grad_normed.row(image, place, of_grad_normed);
             const In* const own = y.row(image, place, of_y);
             const T mean = stats[row], rstd = stats[rows + row], weights = stats[2 * rows + row];
-            if (sums)
-                add_gradients(from_normed, own, C, mean, rstd, weight_sum, bias_sum);
+            add_gradients(from_normed, own, C, mean, rstd, unit, weight_sum, bias_sum);
             if (!dx)
                 continue;
-            gradient(grad_y.row(image, place, of_grad_y), from_normed, own, weight, C, mean, rstd, g);
+            multiply(from_normed, weight, C, g);
+            const T width = static_cast<T>(C), mean_product = sum(g, C) / width, slope = dot(g, unit, C) / width;
+            gradient(grad_y.row(image, place, of_grad_y), unit, C, rstd, mean_product, slope, g);
             for (const int32_t* i = groups.begin(image, place); i < groups.end(image, place); ++i) {
                 const T share = share_of(size.data ? size.at(image, *i) : T(1), weights);
                 In* const out = dx + (image * N + *i) * C;
