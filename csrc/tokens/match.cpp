@@ -23,20 +23,16 @@ namespace {
 // Where tokens without a similarity come in the order of merging, after all similarities and before each other.
 constexpr float kNoSimilarity = -3, kPadding = -4, kNoPartner = -5;
 
-// A row of unit length, or of zeros; false: it has a number that is none.
-template <class In, class T> VLPFAST_CLONES bool unit(const In* in, int64_t n, T* __restrict out) {
+// out = row / its length, or zeros; false: it has a number that is none. `row` and `out` may be one.
+template <class T> VLPFAST_CLONES bool unit(const T* row, int64_t n, T* out) {
     T sum[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        for (int l = 0; l < kLanes; ++l) {
-            out[i + l] = static_cast<T>(in[i + l]);
-            sum[l] += out[i + l] * out[i + l];
-        }
+        for (int l = 0; l < kLanes; ++l)
+            sum[l] += row[i + l] * row[i + l];
     }
-    for (; i < n; ++i) {
-        out[i] = static_cast<T>(in[i]);
-        sum[0] += out[i] * out[i];
-    }
+    for (; i < n; ++i)
+        sum[0] += row[i] * row[i];
 #pragma GCC unroll 4
     for (int half = kLanes / 2; half > 0; half /= 2) { // one after the other they would take longer than all else here
 #pragma GCC unroll 8
@@ -49,8 +45,9 @@ template <class In, class T> VLPFAST_CLONES bool unit(const In* in, int64_t n, T
             out[i] = 0;
         return true;
     }
+#pragma GCC ivdep // they are the same or apart
     for (i = 0; i < n; ++i)
-        out[i] /= length;
+        out[i] = row[i] / length;
     if (std::isfinite(length))
         return true;
     for (i = 0; i < n; ++i) {
@@ -58,6 +55,18 @@ template <class In, class T> VLPFAST_CLONES bool unit(const In* in, int64_t n, T
             return false;
     }
     return true;
+}
+
+template <class In, class T> VLPFAST_CLONES void widen(const In* in, int64_t n, T* __restrict out) {
+    for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(in[i]);
+}
+
+template <class In, class T> bool unit_of(const In* in, int64_t n, T* out) {
+    if constexpr (std::is_same_v<In, T>)
+        return unit(in, n, out);
+    widen(in, n, out);
+    return unit(out, n, out);
 }
 
 // panel [n, padded] = the transpose of rows [padded, n], in blocks that fit registers of every width.
@@ -164,7 +173,7 @@ template <class In> class Matcher {
         T* const row = row_.get(b.size() * C);
         for (int64_t j = b.first; j < b.size(); ++j) {
             T* const at = row + static_cast<int64_t>(rows_.size()) * C;
-            if (real(image, b.places[j]) && unit(tokens_.row(image, b.places[j], scratch_), C, at))
+            if (real(image, b.places[j]) && unit_of(tokens_.row(image, b.places[j], scratch_), C, at))
                 rows_.push_back(j);
         }
         std::fill(keys_.begin(), keys_.end(), std::numeric_limits<T>::quiet_NaN());
@@ -174,7 +183,7 @@ template <class In> class Matcher {
         T* const lane = lane_.get(kernel_.panel * C);
         for (int64_t i = a.first; i < a.size(); ++i) {
             if (real(image, a.places[i]) &&
-                unit(tokens_.row(image, a.places[i], scratch_), C, lane + static_cast<int64_t>(lanes_.size()) * C))
+                unit_of(tokens_.row(image, a.places[i], scratch_), C, lane + static_cast<int64_t>(lanes_.size()) * C))
                 lanes_.push_back(i);
             if (!lanes_.empty() && (static_cast<int64_t>(lanes_.size()) == kernel_.panel || i + 1 == a.size())) {
                 compare(lane, row);
