@@ -20,7 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conformance import OPS, compare, mask
-from conformance_tokens import add_merge_norm, images, residuals
+from conformance_tokens import add_merge_norm as add_merge_norm_by_index
+from conformance_tokens import images, residuals
 from test_tokens_masking import GOLDEN, SEED
 from test_tokens_matching import check_consistent, check_rule
 from test_tokens_merging import MODES, TOLERANCES, sizes, tokens
@@ -29,6 +30,7 @@ from torch import Tensor
 from vlpfast.ops import backends
 from vlpfast.ops.tokens import (
     Match,
+    add_merge_norm,
     bipartite_match,
     gather_tokens,
     kth_match,
@@ -245,7 +247,7 @@ def test_a_residual_in_another_dtype_between_merging_and_norm(dtype: torch.dtype
 
     def function(**given: Any) -> tuple[Tensor, ...]:
         leaves = {name: given[name].detach().requires_grad_() for name in ("x", "delta", "weight", "bias")}
-        y, size, normed = add_merge_norm(**(given | leaves))
+        y, size, normed = add_merge_norm_by_index(**(given | leaves))
         total = (y * torch.linspace(0.5, 1.5, y.numel(), device=y.device).reshape(y.shape) + normed.square()).sum()
         return y, size, normed, *torch.autograd.grad(total, list(leaves.values()))
 
@@ -551,7 +553,8 @@ def layer(x: Tensor, score: Tensor, token: Tensor, seed: Tensor) -> Tensor:
     z, _ = select(unmerge(y, second), score, 4, rest="fuse", normalize=True)
     kept, _, inverse = random_mask(x, 0.5, seed, protect=1)
     back = restore(kept.square(), inverse, token)
-    return y.square().sum() + z.square().sum() + back.square().sum()
+    summed, _, normed = add_merge_norm(x, x.square(), match, weight=token)
+    return y.square().sum() + z.square().sum() + back.square().sum() + (summed * normed).sum()
 
 
 def inputs() -> list[Tensor]:
