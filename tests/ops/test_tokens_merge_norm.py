@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlpfast.ops import backends
 from vlpfast.ops.flops import FlopCounterMode
-from vlpfast.ops.tokens import Match, add_merge_norm, bipartite_match, merge
+from vlpfast.ops.tokens import Match, add_merge_norm, bipartite_match, merge, reference
 
 CHANNELS = 23
 FLOATING = ("x", "delta", "size", "weight", "bias")
@@ -255,6 +255,22 @@ def test_autocast_is_layer_norms(backend: str) -> None:
                 assert equal(run(by_index, given), expected)
                 normed = F.layer_norm(expected[0], (CHANNELS,), given["weight"], given["bias"])
         assert normed.dtype == expected[2].dtype
+
+
+def test_autocast_on_cuda_asks_for_the_accumulating_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of half types alone, and where it is on; on tensors that have a device and no memory."""
+    monkeypatch.setattr(reference, "add_merge_norm", lambda *arguments: arguments[-1])
+    with FakeTensorMode(), backends.use("reference"):
+        match = Match(*(torch.empty(2, n, dtype=torch.int64, device="cuda") for n in (9, 6, 3, 3)))
+        found = []
+        for enabled in (False, True):
+            before = torch.is_autocast_enabled("cuda")
+            torch.set_autocast_enabled("cuda", enabled)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+                x = torch.empty(2, 9, 4, device="cuda", dtype=dtype)
+                found.append(add_merge_norm(x, x, match))
+            torch.set_autocast_enabled("cuda", before)
+    assert found == [False] * 4 + [True, True, False, False]
 
 
 @needs_library
