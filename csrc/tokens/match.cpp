@@ -63,17 +63,19 @@ template <class In, class T> VLPFAST_CLONES void widen(const In* in, int64_t n, 
 }
 
 template <class In, class T> bool unit_of(const In* in, int64_t n, T* out) {
-    if constexpr (std::is_same_v<In, T>)
+    if constexpr (std::is_same_v<In, T>) {
         return unit(in, n, out);
-    widen(in, n, out);
-    return unit(out, n, out);
+    } else {
+        widen(in, n, out);
+        return unit(out, n, out);
+    }
 }
 
 // panel [n, padded] = the transpose of rows [padded, n], in blocks that fit registers of every width.
 template <class T> VLPFAST_CLONES void to_panel(const T* rows, int64_t n, int64_t padded, T* __restrict panel) {
-    constexpr int64_t kChannels = 16; // at a time, so that what is written stays in the first-level cache
-    int64_t lanes = 0, channels = 0;  // that blocks reach
-#if defined(__GNUC__)
+    constexpr int64_t kChannels = 16;      // at a time, so that what is written stays in the first-level cache
+    int64_t lanes = 0, channels = 0;       // that blocks reach
+#if __has_builtin(__builtin_shufflevector) // GCC has it from 12 on
     typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
     lanes = padded / 4 * 4, channels = n / 4 * 4;
     for (int64_t start = 0; start < channels; start += kChannels) {
