@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.nn.bert import Bert, BertConfig, MaskedLMHead
@@ -234,13 +233,6 @@ class Aligned(Distilled):
     def score_pairs(self, image_states: Tensor, text_states: Tensor, text_mask: Tensor) -> Tensor:
         """[P, T, C], [P, L, C], [P, L] bool -> [P] float32: the logit of "fits"."""
         return self.itm_head(self.online.fuse(text_states, text_mask, image_states)[:, 0])[:, 1].float()
-
-
-def distilled_classes(logits: Tensor, labels: Tensor, logits_m: Tensor, alpha: Tensor) -> Tensor:
-    """The mean cross-entropy of logits [B, K] against (1 - alpha) one-hot(labels [B]) + alpha softmax(logits_m [B, K])."""
-    logits = logits.float()
-    soft = F.cross_entropy(logits, logits_m.float().softmax(1))
-    return (1 - alpha) * F.cross_entropy(logits, labels) + alpha * soft
 
 
 def text_of(data: DataSpec) -> None:
