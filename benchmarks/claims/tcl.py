@@ -35,7 +35,7 @@ from vlpfast.cli import assemble
 from vlpfast.data import make_loader
 from vlpfast.evaluation.features import encode_images, encode_pairs
 from vlpfast.evaluation.retrieval import retrieval
-from vlpfast.models.tcl import TCL, local_global
+from vlpfast.models.tcl import TCL, contrasts
 from vlpfast.training.optim import learning_rate, set_learning_rate
 from vlpfast.training.parallel import World
 from vlpfast.training.rng import seed_everything
@@ -51,15 +51,7 @@ class Contrasts(TCL):
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         e = self.encode_views(batch)
         self.keep(e)
-        return {
-            "cma": (
-                self.contrast(e.image, "text", e.text_m, teacher=e.image_m)
-                + self.contrast(e.text, "image", e.image_m, teacher=e.text_m)
-            )
-            / 6,
-            "imc": (self.contrast(e.image, "image", e.image_m) + self.contrast(e.text, "text", e.text_m)) / 6,
-            "lmi": local_global(self, e) / 6,
-        }
+        return contrasts(self, e)
 
 
 def main() -> None:

@@ -235,7 +235,7 @@ class Aligned(Distilled):
         return self.itm_head(self.online.fuse(text_states, text_mask, image_states)[:, 0])[:, 1].float()
 
 
-def text_of(data: DataSpec) -> None:
+def check_pairs(data: DataSpec) -> None:
     """UserError: a model of this family without text or picture."""
     if data.image is None or data.text is None:
         raise UserError("model.data: expected both image and text, got null for one")

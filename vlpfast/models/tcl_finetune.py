@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlpfast.hosts.albef import AlbefConfig, Distilled, text_of
+from vlpfast.hosts.albef import AlbefConfig, Distilled, check_pairs
 from vlpfast.hosts.albef_tasks import Entailer, Judge, PairEncoders, QuestionAnswering, classified
 from vlpfast.models.tcl import finetuning_image, tiny_towers
 from vlpfast.models.tcl_convert import Naming, convert, doubled, into_decoder
@@ -169,7 +169,7 @@ class TCLNLVR2(Distilled):
     naming = Naming(doubled, (*PRETRAINED, "online.mlm_head.", "online.assign_head."), ("online.head.",))
 
     def __init__(self, config: Config) -> None:
-        text_of(config.data)
+        check_pairs(config.data)
         super().__init__(config, Judge(config))
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class TCLAssignment(nn.Module):
     naming = Naming(doubled, (*PRETRAINED, "online.mlm_head."), ("online.assign_head.",))
 
     def __init__(self, config: Config) -> None:
-        text_of(config.data)
+        check_pairs(config.data)
         super().__init__()
         self.config = config
         self.online = PairEncoders(config)
@@ -280,7 +280,7 @@ class TCLEntailment(Distilled):
     naming = Naming(drop=(*PRETRAINED, "online.mlm_head."), fresh=("online.head.",))
 
     def __init__(self, config: Config) -> None:
-        text_of(config.data)
+        check_pairs(config.data)
         target = config.data.targets.get("label")
         if target is None or not target.classes:
             raise UserError("model.data.targets: expected 'label' with its classes")
