@@ -35,6 +35,7 @@ class BertConfig:
     pad_id: int = 0  # its embedding starts at 0 and gets no gradient
     cross_attention: list[int] = field(default_factory=list)  # layers that attend to a context too, counted from 0
     context_width: int = 768
+    causal_attention: bool = False  # a self-attention of their own for causal texts; the rest of a layer serves both (BLIP)
     attention_backend: Backend = "auto"  # see vlpfast.nn.attention.attention
     checkpointing: bool = False  # recompute each layer's activations in the backward: less memory, a third more arithmetic
 
@@ -69,10 +70,10 @@ class BertCache:
         self.layers: dict[int, LayerCache] = {}
         self.prefix = 0  # so many at the front are queries (QFormer), which positions do not count
 
-    @property
-    def length(self) -> int:
-        """Tokens of each row so far, the prefix among them."""
-        return next((cache.tokens[0].shape[2] for cache in self.layers.values() if cache.tokens is not None), 0)
+    def length(self, layer: int = 0) -> int:
+        """Tokens of each row that have passed through a layer, the prefix among them."""
+        tokens = self.layers.get(layer, LayerCache()).tokens
+        return 0 if tokens is None else tokens[0].shape[2]
 
     def reorder(self, rows: Tensor, context_rows: Tensor | None = None) -> None:
         """rows [B] int64: row i goes on as what row rows[i] was.
@@ -86,6 +87,12 @@ class BertCache:
             if context is not None and context_rows is not None:
                 context = context.take(context_rows)
             self.layers[i] = LayerCache(tokens, context)
+
+    def copy(self) -> BertCache:
+        """Another one of the same tensors, which goes its own way."""
+        found = BertCache()
+        found.layers, found.prefix = dict(self.layers), self.prefix
+        return found
 
     def of_context(self, rows: Tensor | None = None) -> BertCache:
         """A new one with the context alone, for another pass over it; rows [B'] int64: with these of its rows."""
@@ -138,7 +145,8 @@ class CrossAttention(nn.Module):
         return Context(k, v, mask)
 
     def forward(self, x: Tensor, context: Context, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x [B, L, C], B a multiple of the context's B' -> [B, L, C], and the weights [B, H, L, T] where they are wanted.
+        """x [B, L, C], B a multiple of the context's B' -> [B, L, C], and the weights [B', H, L B / B', T] where they
+        are wanted.
 
         The queries of the B / B' rows that share a context are one long row: attention knows no difference.
         """
@@ -151,8 +159,6 @@ class CrossAttention(nn.Module):
         out = attention(q, context.k, context.v, mask=mask, dropout=dropout, need_weights=need_weights, backend=self.backend)
         out, weights = out if need_weights else (out, None)
         out = self.out_proj(out.transpose(1, 2).reshape(b, length, -1))
-        if weights is not None:  # [B', H, L B / B', T]
-            weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
         return self.norm(x + F.dropout(out, dropout)), weights
 
 
@@ -177,6 +183,7 @@ class BertLayer(nn.Module):
     def __init__(self, config: BertConfig, cross_attention: bool) -> None:
         super().__init__()
         self.attn = SelfAttention(config)
+        self.causal_attn = SelfAttention(config) if config.causal_attention else None
         self.cross = CrossAttention(config) if cross_attention else None
         self.feed_forward = FeedForward(config)
 
@@ -184,6 +191,7 @@ class BertLayer(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | Literal["causal"] | None,
+        causal: bool,
         context: Tensor | None,
         context_mask: Tensor | None,
         cache: LayerCache | None,
@@ -191,7 +199,8 @@ class BertLayer(nn.Module):
     ) -> tuple[Tensor, LayerCache | None, Tensor | None]:
         """-> x [B, L, C]; what `cache` becomes, None where it was None; the weights on the context where they are wanted."""
         past = cache or LayerCache()
-        x, tokens = self.attn(x, mask, past.tokens)
+        attn = self.causal_attn if causal and self.causal_attn is not None else self.attn
+        x, tokens = attn(x, mask, past.tokens)
         weights, seen = None, past.context
         if self.cross is not None and (context is not None or seen is not None):
             seen = self.cross.read(context, context_mask) if seen is None else seen
@@ -209,9 +218,6 @@ class Bert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         check_config(config)
-        wrong = [i for i in config.cross_attention if not 0 <= i < config.layers]
-        if wrong:
-            raise UserError(f"cross_attention: expected layers below {config.layers}, got {wrong[0]}")
         self.config = config
         self.token_embed = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
         self.position_embed = nn.Embedding(config.max_positions, config.width)
@@ -222,9 +228,8 @@ class Bert(nn.Module):
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None, **options: Any) -> Any:
         """text [B, L] int64 -> what `run` gives for its embeddings; with a cache, positions go on from there."""
-        past = options["cache"].length if options.get("cache") is not None else 0
-        positions = torch.arange(past, past + text.shape[1], device=text.device)
-        return self.run(self.embed(text, positions), text_mask, **options)
+        past = options["cache"].length() if options.get("cache") is not None else 0
+        return self.run(self.embed(text, positions_from(past, text, self.config.max_positions)), text_mask, **options)
 
     def embed(self, text: Tensor, positions: Tensor | None = None) -> Tensor:
         """text [B, L] int64, positions [L] or [B, L] int64 (0 .. L - 1 if None) -> [B, L, C], normalised."""
@@ -248,8 +253,9 @@ class Bert(nn.Module):
         """x [B, L, C] -> the states behind the last of `layers`, [B, L, C].
 
         Args:
-            text_mask: [B, P + L] bool, True = token, where P tokens are in the cache; None: all are tokens. Under a causal mask
-                texts padded at their ends need none: no token sees the padding, and without a mask tensor attention is faster.
+            text_mask: [B, P + L] bool, True = token, at least one in each row, where P tokens are in the cache; None: all are
+                tokens. Under a causal mask texts padded at their ends need none: no token sees the padding, and without a mask
+                tensor attention is faster.
             mask: "joint": every token sees every other; "causal": itself and those before it; or [L, P + L] or [B, L, P + L]
                 bool, True = seen. But under "joint" a token, padding too, always sees itself where there is a text_mask.
             context: [B', T, context_width], B a multiple of B'; each of its rows serves B / B' consecutive rows of x, for which
@@ -257,23 +263,27 @@ class Bert(nn.Module):
             context_mask: [B', T] bool, True = seen, or float, added to the scores.
             layers: which to pass through; None: all.
             cache: keys and values so far, to which those of x are appended.
-            need_weights: a layer, whose cross-attention weights [B, heads, L, T] (before dropout) are returned behind the states.
-                Both have gradients: torch.autograd.grad of a score with respect to them passes through the layers above alone.
+            need_weights: a layer, whose cross-attention weights [B', heads, L B / B', T] (before dropout) are returned behind the
+                states; rows that share a context stand one after another. They are part of the graph: torch.autograd.grad of a
+                score with respect to them passes through the layers above alone (GradCAM).
 
         Raises:
             ValueError: a wrong argument, named.
         """
         chosen = range(len(self.layers)) if layers is None else layers
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.length(chosen[0])
         seen = self_mask(mask, text_mask, x.shape[0], x.shape[1], past, x.device)
         if context is not None and not any(self.layers[i].cross is not None for i in chosen):
             raise ValueError(f"context: expected None, because no layer of {chosen} has a cross-attention")
+        if context is None and context_mask is not None and cache is None:
+            raise ValueError("context_mask: expected None without a context, got one")
         if need_weights is not None and (need_weights not in chosen or self.layers[need_weights].cross is None):
             raise ValueError(f"need_weights: expected a layer with a cross-attention in {chosen}, got {need_weights}")
-        weights = None
+        weights, causal = None, isinstance(mask, str) and mask == "causal"
         for i in chosen:
             before = None if cache is None else cache.layers.get(i, LayerCache())
-            x, after, found = run_layer(self.layers[i], self.config, x, seen, context, context_mask, before, i == need_weights)
+            inputs = x, seen, causal, context, context_mask, before, i == need_weights
+            x, after, found = run_layer(self.layers[i], self.config, *inputs)
             weights = found if found is not None else weights
             if cache is not None:
                 cache.layers[i] = after
@@ -323,6 +333,13 @@ def run_layer(layer: nn.Module, config: BertConfig, *inputs: Any) -> Any:
     return layer(*inputs)
 
 
+def positions_from(past: int, text: Tensor, limit: int) -> Tensor | None:
+    """Of text [B, L] behind `past` other tokens: past .. past + L - 1; None: 0 .. L - 1. ValueError: more than there are."""
+    if past and past + text.shape[1] > limit:
+        raise ValueError(f"text: expected at most {limit} tokens with those in the cache, got {past} and {text.shape[1]}")
+    return torch.arange(past, past + text.shape[1], device=text.device) if past else None
+
+
 def embed_tokens(text: Tensor, positions: Tensor | None, token_embed: nn.Embedding, position_embed: nn.Embedding) -> Tensor:
     """[B, L] -> [B, L, C], not yet normalised; see Bert.embed."""
     if text.ndim != 2 or text.shape[1] > position_embed.num_embeddings:
@@ -366,6 +383,9 @@ def check_config(config: BertConfig) -> None:
         raise UserError(f"dropout: expected a probability in [0, 1), got {config.dropout}")
     if not 0 <= config.pad_id < config.vocab_size:
         raise UserError(f"pad_id: expected an id below vocab_size {config.vocab_size}, got {config.pad_id}")
+    wrong = [i for i in config.cross_attention if not 0 <= i < config.layers]
+    if wrong:
+        raise UserError(f"cross_attention: expected layers below {config.layers}, got {wrong[0]}")
     require_installed(config.attention_backend)
 
 

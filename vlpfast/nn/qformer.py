@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,9 +20,11 @@ from vlpfast.nn.bert import (
     check_config,
     embed_tokens,
     initialize,
+    positions_from,
     run_layer,
     self_mask,
 )
+from vlpfast.nn.bert_convert import StateDict, convert_bert
 from vlpfast.types import UserError
 
 ContextMask = Tensor | Mapping[int, Tensor]
@@ -64,8 +66,8 @@ class QFormerLayer(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, LayerCache]:
         """One self-attention over [queries, text], either of which may be missing -> both of them, what the cache becomes.
 
-        They stay apart between layers: joined once for the products of self-attention, never cut out of a joint tensor for those
-        of the other parts. Without need_text, or a feed-forward part for it, None comes out for the text.
+        They stay apart between layers and are joined for the products of self-attention alone. Without need_text, or a
+        feed-forward part for it, None comes out for the text.
         """
         parts = [part for part in (queries, text) if part is not None]
         x, tokens = self.attn(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], mask, cache.tokens)
@@ -102,6 +104,8 @@ class QFormer(nn.Module):
             raise UserError(f"text: expected full, input or none, got {config.text!r}")
         if config.type_vocab:
             raise UserError(f"type_vocab: expected 0, a Q-Former has no segments, got {config.type_vocab}")
+        if config.causal_attention:
+            raise UserError("causal_attention: expected false, a Q-Former has one self-attention for all, got true")
         if config.queries < 1:
             raise UserError(f"queries: expected at least 1, got {config.queries}")
         self.config = config
@@ -150,7 +154,7 @@ class QFormer(nn.Module):
         """context [B', T, context_width] -> states of the queries [B, Q, C].
 
         Args:
-            context: or a cache that has read it in another pass (`BertCache.of_context`); then context_mask is that pass's.
+            context: or a cache that has read it, and its mask, in another pass (`BertCache.of_context`).
             queries: [B, Q', C] in place of the learned ones, from before the norm (GeoX adds a vector of the picture to them);
                 B may be a multiple of B'. None: B = B'.
             context_mask: [B', T] bool, True = seen, or float, added to the scores (GeoX's gates); or such by layer,
@@ -173,7 +177,7 @@ class QFormer(nn.Module):
             return self._run(None, self._embed_text(text), self_mask("joint", text_mask, *text.shape, 0, text.device), None)[1]
         if not cache.prefix:
             raise ValueError("cache: expected one that encode_queries has filled, got an empty one")
-        past = cache.length
+        past = cache.length()
         if text_mask is not None:
             text_mask = F.pad(text_mask, (cache.prefix, 0), value=True)
         mask = self_mask("causal", text_mask, *text.shape, past, text.device)
@@ -216,6 +220,8 @@ class QFormer(nn.Module):
         cache: BertCache | None = None,
         need_text: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
+        if isinstance(context, BertCache) and context_mask is not None:
+            raise ValueError("context_mask: expected None beside a context that was read with its own, got one")
         context, read = (None, context) if isinstance(context, BertCache) else (context, cache)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
@@ -236,13 +242,38 @@ class QFormer(nn.Module):
         """[B, L] -> [B, L, C], normalised"""
         if self.token_embed is None:
             raise ValueError("text: expected none, this Q-Former was made without (text=none)")
-        positions = torch.arange(past, past + text.shape[1], device=text.device) if past else None
+        positions = positions_from(past, text, self.config.max_positions)
         x = self.norm(embed_tokens(text, positions, self.token_embed, self.position_embed))
         return F.dropout(x, self.config.dropout, self.training)
 
     def _check_full(self) -> None:
         if self.config.text != "full":
-            raise ValueError(f"text: its states are asked for, and this Q-Former was made with text={self.config.text}")
+            raise ValueError(f"text: expected a Q-Former whose last layer has a part for it, got text={self.config.text}")
+
+
+def convert_qformer(state_dict: StateDict, config: QFormerConfig) -> dict[str, Tensor]:
+    """A Q-Former's weights in a whole model's state dict, under LAVIS' names ("Qformer.bert.") or transformers' ("qformer."), for
+    QFormer(config). What of them a Q-Former of config.text has no place for is left out.
+
+    UserError: a tensor is missing or too many. Checkpoints of BLIP-2's second stage have no text parts: of those text="none".
+    """
+    prefix = "Qformer.bert." if any(name.startswith("Qformer.") for name in state_dict) else "qformer."
+    own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    # transformers' BLIP-2 keeps the embeddings beside the Q-Former
+    own |= {f"{prefix}{name}": tensor for name, tensor in state_dict.items() if name.startswith("embeddings.")}
+    found = convert_bert(own, prefix)
+    if "query_tokens" not in state_dict:
+        raise UserError("weights: expected query_tokens [1, Q, C], got none")
+    found["query_tokens"] = state_dict["query_tokens"].flatten(0, -2)
+    with torch.device("meta"):
+        wanted = QFormer(config).state_dict().keys()
+        known = QFormer(replace(config, text="full")).state_dict().keys()
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} has no place" for name in found if name not in known]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"weights under {prefix}* do not fit this Q-Former: {'; '.join(problems[:5])}{more}")
+    return {name: found[name] for name in wanted}
 
 
 def _rows(context: Tensor | BertCache) -> int:
