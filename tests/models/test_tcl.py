@@ -275,7 +275,7 @@ def test_two_pictures_are_seen_by_turns_through_shared_keys_and_values() -> None
     x = model.online.text_states(batch["text"], batch["text_mask"])
     for i, seen in ((2, left), (3, right), (4, left), (5, right)):
         x, _ = layers[i].attn(x, batch["text_mask"][:, None, None])
-        x, _ = layers[i].cross(x, layers[2 + (i - 2) // 2 * 2].cross.keys_values(seen), None)
+        x, _ = layers[i].cross(x, layers[2 + (i - 2) // 2 * 2].cross.read(seen, None))
         x = layers[i].feed_forward(x)
     torch.testing.assert_close(model.classify(batch), model.online.head(x[:, 0]))
     swapped = {**batch, "image": batch["image"].flip(1)}
