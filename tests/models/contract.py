@@ -38,7 +38,7 @@ CASES = {
     # ALBEF, which TCL takes its network from: 85.8 million parameters of vision, 123.7 million of BERT with its head. The queue
     # holds what the batch was before, which is the batch again: hence the short one, and the bounds of these losses.
     "tcl": Case(209_500_000, {"cma", "imc", "lmi", "itm", "mlm"}, copies=COPIES, by_heart=0.7),
-    "tcl_retrieval": Case(209_500_000, {"cma", "imc", "lmi", "itm"}, COPIES, 0.6, alone={"momentum": 0.0, "queue_size": 8}),
+    "tcl_retrieval": Case(209_500_000, {"cma", "imc", "lmi", "itm"}, COPIES, 0.8, 5e-4, {"momentum": 0.0, "queue_size": 8}),
     "tcl_vqa": Case(290_000_000, {"answer"}, copies=COPIES, by_heart=0.5),
     "tcl_nlvr2": Case(259_000_000, {"label"}, copies=COPIES),
     "tcl_assignment": Case(259_000_000, {"assign"}, by_heart=1.2),  # drawn anew at each step: no more than that it holds

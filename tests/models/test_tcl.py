@@ -274,7 +274,9 @@ def test_two_pictures_are_seen_by_turns_through_shared_keys_and_values() -> None
     left, right = (model.online.image_tokens(batch["image"][:, i]) for i in (0, 1))
     x = model.online.text_states(batch["text"], batch["text_mask"])
     for i, seen in ((2, left), (3, right), (4, left), (5, right)):
-        x = layers[i](x, batch["text_mask"][:, None, None], seen, None, None, False)[0]
+        x, _ = layers[i].attn(x, batch["text_mask"][:, None, None])
+        x, _ = layers[i].cross(x, layers[2 + (i - 2) // 2 * 2].cross.read(seen, None))
+        x = layers[i].feed_forward(x)
     torch.testing.assert_close(model.classify(batch), model.online.head(x[:, 0]))
     swapped = {**batch, "image": batch["image"].flip(1)}
     assert not torch.allclose(model.classify(swapped), model.classify(batch))
@@ -344,3 +346,21 @@ def test_wrong_settings_are_named() -> None:
     with pytest.raises(UserError, match=r"model\.data: expected both image and text"):
         tiny(TCLAssignment, data=dataclasses.replace(TCLAssignment.Config.tiny().data, text=None))
     assert math.isclose(TCL.Config().temperature_init, 0.07) and TCL.Config().queue_size == 65536
+
+
+def test_compiled_steps_hand_their_features_to_the_queue() -> None:
+    """In training mode, with its draws and the hand-over; the same graph at every step, whatever alpha has become."""
+    config = TCLRetrieval.Config.tiny()
+    vision = dataclasses.replace(config.vision, layers=1)
+    model = build("tcl_retrieval", vision=vision, text=dataclasses.replace(config.text, layers=2, cross_attention=[1])).train()
+    batch = make_batch(model.config.data, 4)
+    model.compile(fullgraph=True, backend="aot_eager")
+    optimizer = optimizer_for(model)
+    train(model, optimizer, [batch])
+    made = model._made["image"]
+    assert torch.equal(model.queue.image[:4], made) and model.queue.ids[:5].tolist() == [0, 1, 2, 3, -100]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        model.before_step(Progress(1, 10, epoch=0.5))
+        sum(model(batch, Progress(1, 10, epoch=0.5)).values()).backward()
+        model.after_step()
+    assert int(model.queue.pointer) == 8 and not torch.equal(model.queue.image[4:8], made)

@@ -734,6 +734,19 @@ def test_nothing_costs_nothing(name: str, backend: str) -> None:
         assert torch.autograd.grad(loss, leaves[2])[0] == 0
 
 
+def test_local_global_of_some_of_the_samples() -> None:
+    """As ranks do it: each its own rows against the locals of all; the mean over them is the loss of all."""
+    x, y = unit(6, 7, seed=0), unit(6, 3, 7, seed=1)
+    mask = torch.rand(6, 3, generator=torch.Generator().manual_seed(2)) < 0.8
+    mask[:, 0] = True
+    parts = [local_global_loss(x[i : i + 2], y, 14.3, mask, own=i) for i in (0, 2, 4)]
+    torch.testing.assert_close(torch.stack(parts).mean(), dense_local(x, y, torch.tensor(14.3).double(), mask))
+    with pytest.raises(ValueError, match="own: expected an offset in"):
+        local_global_loss(x[:2], y, 14.3, own=5)
+    with pytest.raises(ValueError):
+        local_global_loss(x[:2], y, 14.3)
+
+
 def test_one_group_and_one_sample_cost_nothing() -> None:
     x, y, scale = (t.float().requires_grad_() for t in pairs(4, 5).values())
     for loss in (

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.nn.bert import Bert, BertConfig, MaskedLMHead
@@ -236,14 +235,7 @@ class Aligned(Distilled):
         return self.itm_head(self.online.fuse(text_states, text_mask, image_states)[:, 0])[:, 1].float()
 
 
-def distilled_classes(logits: Tensor, labels: Tensor, logits_m: Tensor, alpha: Tensor) -> Tensor:
-    """The mean cross-entropy of logits [B, K] against (1 - alpha) one-hot(labels [B]) + alpha softmax(logits_m [B, K])."""
-    logits = logits.float()
-    soft = F.cross_entropy(logits, logits_m.float().softmax(1))
-    return (1 - alpha) * F.cross_entropy(logits, labels) + alpha * soft
-
-
-def text_of(data: DataSpec) -> None:
+def check_pairs(data: DataSpec) -> None:
     """UserError: a model of this family without text or picture."""
     if data.image is None or data.text is None:
         raise UserError("model.data: expected both image and text, got null for one")

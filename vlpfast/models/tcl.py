@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlpfast.hosts.albef import Aligned, AlignedConfig, Encoded, text_of
+from vlpfast.hosts.albef import Aligned, AlignedConfig, Encoded, check_pairs
 from vlpfast.models.tcl_convert import Naming, convert
 from vlpfast.nn.bert import BertConfig
 from vlpfast.nn.momentum import gather, ranks
@@ -41,16 +41,27 @@ def pretraining_data() -> DataSpec:
     return DataSpec(image=ImageSpec(size=256, resize="squash", views=[view]), text=text)
 
 
-def finetuning_image(**changes: Any) -> ImageSpec:
-    """One view of 384 x 384 pixels."""
+def finetuning_image(size: int = 384, *, views: int = 1, pictures: int = 1) -> ImageSpec:
     augment = AugmentSpec(rand_augment=RandAugmentSpec(2, 7, "albef"))
-    return ImageSpec(**{"size": 384, "scale": [0.5, 1.0], "mirror": 0.5, "resize": "squash", "augment": augment} | changes)
+    view = ViewSpec(count=views, scale=[0.5, 1.0], mirror=0.5, augment=augment)
+    if views > 1:
+        return ImageSpec(size=size, resize="squash", views=[view])
+    return ImageSpec(size=size, pictures=pictures, scale=view.scale, mirror=view.mirror, augment=augment, resize="squash")
 
 
 def tiny_towers(**text: Any) -> dict[str, Any]:
     """For 64 x 64 pictures and a tokenizer trained here: 1.6 million parameters beside their momentum copies."""
     vision = ViTConfig.deit(patch_size=16, width=128, layers=3, heads=2, stem=[32, 64, 64], patch_bias=False, norm_eps=1e-5)
-    sizes = {"vocab_size": 1024, "width": 128, "layers": 4, "heads": 2, "hidden": 512, "max_positions": 64, "context_width": 128}
+    sizes = {
+        "vocab_size": 1024,
+        "width": 128,
+        "layers": 4,
+        "heads": 2,
+        "hidden": 512,
+        "max_positions": 64,
+        "context_width": 128,
+        "init_std": 0.05,
+    }
     return {"vision": vision, "text": BertConfig(**{**sizes, "cross_attention": [2, 3], **text})}
 
 
@@ -108,7 +119,7 @@ class TCL(Aligned):
     naming = Naming(drop=("queue.ids", "online.decoder.", "online.head."))
 
     def __init__(self, config: Config) -> None:
-        text_of(config.data)
+        check_pairs(config.data)
         if config.data.text.mask is None:
             raise UserError("model.data.text.mask: expected a section, because tcl asks for masked words, got null")
         super().__init__(config, masked_lm=True, with_ids=False)
@@ -117,17 +128,7 @@ class TCL(Aligned):
         """image [B, 2, 3, S, S], text, text_masked, text_labels -> {"cma", "imc", "lmi", "itm", "mlm"}, each 0-d float32."""
         e = self.encode_views(batch)
         itm, hidden = self.match(e)
-        losses = {
-            "cma": (
-                self.contrast(e.image, "text", e.text_m, teacher=e.image_m)
-                + self.contrast(e.text, "image", e.image_m, teacher=e.text_m)
-            )
-            / 6,
-            "imc": (self.contrast(e.image, "image", e.image_m) + self.contrast(e.text, "text", e.text_m)) / 6,
-            "lmi": local_global(self, e) / 6,
-            "itm": itm,
-            "mlm": self.masked_lm(e, hidden, batch["text_labels"]),
-        }
+        losses = {**contrasts(self, e), "itm": itm, "mlm": self.masked_lm(e, hidden, batch["text_labels"])}
         if self.training:
             self.keep(e)
         return losses
@@ -149,7 +150,7 @@ class TCLRetrieval(Aligned):
     entries of equal ids, and pairs of equal ids are no hard negatives. A sample's id is its place in its source (Batch["index"]);
     where a picture has several samples, a target `image_id` of kind "number" says which (data.targets). As in the official code
     the temperature is not clamped; where a picture's ids leave no negative it has none, and imc's targets are not softened by the
-    momentum copy. See TCL for all else; both of the copy's inputs are those of the online network.
+    momentum copy. See TCL for all else. Two views of a picture; of one alone (the tiny preset's) both networks see it.
 
     Retrieval in two stages (ScoresPairs): 256 candidates by features on COCO, 128 on Flickr30k, then by the logit of "fits".
     """
@@ -158,7 +159,7 @@ class TCLRetrieval(Aligned):
     class Config(AlignedConfig):
         data: DataSpec = field(
             default_factory=lambda: DataSpec(
-                image=finetuning_image(), text=TextSpec(context_length=30, clean="albef", max_words=30)
+                image=finetuning_image(views=2), text=TextSpec(context_length=30, clean="albef", max_words=30)
             )
         )
 
@@ -174,7 +175,7 @@ class TCLRetrieval(Aligned):
     naming = Naming(drop=("online.mlm_head.", "online.decoder.", "online.head."))
 
     def __init__(self, config: Config) -> None:
-        text_of(config.data)
+        check_pairs(config.data)
         super().__init__(config, masked_lm=False, with_ids=True)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -182,16 +183,7 @@ class TCLRetrieval(Aligned):
         e = self.encode_views(batch)
         ids = picture_ids(batch, e.image.device)
         itm, _ = self.match(e, ids)
-        losses = {
-            "cma": (
-                self.contrast(e.image, "text", e.text_m, teacher=e.image_m, ids=ids)
-                + self.contrast(e.text, "image", e.image_m, teacher=e.text_m, ids=ids)
-            )
-            / 6,
-            "imc": (self.contrast(e.image, "image", e.image_m, ids=ids) + self.contrast(e.text, "text", e.text_m, ids=ids)) / 6,
-            "lmi": local_global(self, e) / 6,
-            "itm": itm,
-        }
+        losses = {**contrasts(self, e, ids), "itm": itm}
         if self.training:
             self.keep(e, ids)
         return losses
@@ -199,6 +191,14 @@ class TCLRetrieval(Aligned):
     def convert(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """See tcl_convert.convert; of a pre-trained TCL the words' head is left out, and the queue begins anew."""
         return convert(self, state_dict)
+
+
+def contrasts(model: Aligned, e: Encoded, ids: Tensor | None = None) -> dict[str, Tensor]:
+    """cma, imc and lmi. ids [B] int64: of the pictures, equal ones being positives of each other."""
+    cma = model.contrast(e.image, "text", e.text_m, teacher=e.image_m, ids=ids)
+    cma = cma + model.contrast(e.text, "image", e.image_m, teacher=e.text_m, ids=ids)
+    imc = model.contrast(e.image, "image", e.image_m, ids=ids) + model.contrast(e.text, "text", e.text_m, ids=ids)
+    return {"cma": cma / 6, "imc": imc / 6, "lmi": local_global(model, e) / 6}
 
 
 def local_global(model: Aligned, encoded: Encoded) -> Tensor:

@@ -9,42 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlpfast.hosts.albef import AlbefConfig, Distilled, Encoders, distilled_classes, text_of
+from vlpfast.hosts.albef import AlbefConfig, Distilled, check_pairs
+from vlpfast.hosts.albef_tasks import Entailer, Judge, PairEncoders, QuestionAnswering, classified
 from vlpfast.models.tcl import finetuning_image, tiny_towers
 from vlpfast.models.tcl_convert import Naming, convert, doubled, into_decoder
-from vlpfast.nn.bert import Bert, BertConfig, MaskedLMHead
-from vlpfast.nn.heads import MLPHead
+from vlpfast.nn.bert import BertConfig
 from vlpfast.objectives.token_loss import Predictor, token_losses
 from vlpfast.ops.linear_cross_entropy import token_logprob
 from vlpfast.types import Batch, DataSpec, ImageSpec, Progress, TargetSpec, TextSpec, UserError
 
 PRETRAINED = ("online.image_projection.", "online.text_projection.", "itm_head.", "temperature", "queue.")  # left out here
 RANKED_ROWS = 4096  # answers that are scored at once
-
-
-class QuestionAnswering(Encoders):
-    """Pictures and questions to states, by all layers of the text's BERT; and a decoder of answers that attends to these."""
-
-    def __init__(self, config: TCLVQA.Config) -> None:
-        super().__init__(config, masked_lm=False)
-        layers = config.decoder_layers
-        sizes = {
-            **vars(config.text),
-            "layers": layers,
-            "cross_attention": list(range(layers)),
-            "context_width": config.text.width,
-        }
-        self.decoder = Bert(type(config.text)(**sizes))
-        self.mlm_head = MaskedLMHead(config.text)  # of answers, left to right
-
-    def question_states(self, image: Tensor, question: Tensor, question_mask: Tensor) -> Tensor:
-        """image [B, 3, S, S], question [B, L] -> [B, L, C]"""
-        return self.text(question, question_mask, context=self.image_tokens(image))
-
-    def answered(self, answer: Tensor, states: Tensor, mask: Tensor) -> Predictor:
-        """answer [A, L], states [B, L', C] of which each row serves A / B consecutive answers, mask [B, L'] -> [A, L, C]"""
-        hidden = self.decoder(answer, mask="causal", context=states, context_mask=mask)
-        return Predictor(hidden, self.mlm_head, self.decoder.token_embed.weight)
 
 
 class TCLVQA(Distilled):
@@ -98,7 +73,7 @@ class TCLVQA(Distilled):
                 raise UserError(f"model.data.texts: expected {name!r}, got {', '.join(config.data.texts) or 'none'}")
         if config.ranked < 1:
             raise UserError(f"model.ranked: expected at least 1, got {config.ranked}")
-        super().__init__(config, QuestionAnswering(config))
+        super().__init__(config, QuestionAnswering(config, config.decoder_layers))
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """image, question, answer (answer_of, answer_weight where there are several) -> {"answer": 0-d float32}."""
@@ -148,29 +123,6 @@ class TCLVQA(Distilled):
         return convert(self, state_dict)
 
 
-class PairEncoders(Encoders):
-    """Texts about two pictures: of each two layers of the fusion half the first sees the left one, the second the right one, by
-    the same keys and values."""
-
-    def __init__(self, config: AlbefConfig) -> None:
-        super().__init__(config)
-        cross = config.text.cross_attention
-        if cross != list(self.fusion) or len(cross) % 2:
-            raise UserError(
-                f"model.text.cross_attention: expected an even number of layers, each of the last ones, got {cross} of "
-                f"{config.text.layers}"
-            )
-        for layer in self.fusion[::2]:
-            self.text.layers[layer + 1].cross.kv_proj = self.text.layers[layer].cross.kv_proj
-
-    def fuse_pair(self, states: Tensor, text_mask: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """states [B, L, C], left and right [B, T, C] -> [B, C], the class token."""
-        for layer in self.fusion:
-            seen = (left, right)[(layer - self.fusion.start) % 2]
-            states = self.text.run(states, text_mask, context=seen, layers=range(layer, layer + 1))
-        return states[:, 0]
-
-
 def pair_towers() -> dict[str, Any]:
     """tiny_towers with each of the two fusion layers twice."""
     return tiny_towers(layers=6, cross_attention=[2, 3, 4, 5])
@@ -181,26 +133,13 @@ def pair_text() -> BertConfig:
     return BertConfig(layers=18, cross_attention=list(range(6, 18)))
 
 
-class Judge(PairEncoders):
-    """Whether a text says the truth about two pictures."""
-
-    def __init__(self, config: AlbefConfig) -> None:
-        super().__init__(config)
-        self.head = MLPHead(config.text.width, 2)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """-> logits [B, 2]"""
-        left, right = self.image_tokens(batch["image"].flatten(0, 1)).unflatten(0, (-1, 2)).unbind(1)
-        states = self.text_states(batch["text"], batch["text_mask"])
-        return self.head(self.fuse_pair(states, batch["text_mask"], left, right))
-
-
 class TCLNLVR2(Distilled):
     """Whether a statement about two pictures is true (NLVR2): cross-entropy of the fused class token's two classes, with the
     momentum copy's soft targets.
 
     18 layers of BERT: each of TCL's fusion layers twice, one for either picture, keys and values made by the same weights. Starts
-    from a TCL or, as in the paper, from a TCLAssignment of one epoch that has started from it.
+    from a TCL or, as in the paper, from a TCLAssignment of one epoch that has started from it. FSDP spreads no weights that two
+    blocks share: train.strategy=ddp.
     """
 
     @dataclass
@@ -230,7 +169,7 @@ class TCLNLVR2(Distilled):
     naming = Naming(doubled, (*PRETRAINED, "online.mlm_head.", "online.assign_head."), ("online.head.",))
 
     def __init__(self, config: Config) -> None:
-        text_of(config.data)
+        check_pairs(config.data)
         super().__init__(config, Judge(config))
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
@@ -274,7 +213,7 @@ class TCLAssignment(nn.Module):
     naming = Naming(doubled, (*PRETRAINED, "online.mlm_head."), ("online.assign_head.",))
 
     def __init__(self, config: Config) -> None:
-        text_of(config.data)
+        check_pairs(config.data)
         super().__init__()
         self.config = config
         self.online = PairEncoders(config)
@@ -311,20 +250,6 @@ class TCLAssignment(nn.Module):
         return convert(self, state_dict)
 
 
-class Entailer(Encoders):
-    """What a picture says of a text."""
-
-    def __init__(self, config: AlbefConfig, classes: int) -> None:
-        super().__init__(config)
-        self.head = MLPHead(config.text.width, classes)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """-> logits [B, classes]"""
-        mask = batch["text_mask"]
-        states = self.fuse(self.text_states(batch["text"], mask), mask, self.image_tokens(batch["image"]))
-        return self.head(states[:, 0])
-
-
 class TCLEntailment(Distilled):
     """Whether a picture contradicts a text, leaves it open, or entails it (SNLI-VE): cross-entropy of the fused class token's
     three classes, with the momentum copy's soft targets. Starts from a TCL."""
@@ -355,7 +280,7 @@ class TCLEntailment(Distilled):
     naming = Naming(drop=(*PRETRAINED, "online.mlm_head."), fresh=("online.head.",))
 
     def __init__(self, config: Config) -> None:
-        text_of(config.data)
+        check_pairs(config.data)
         target = config.data.targets.get("label")
         if target is None or not target.classes:
             raise UserError("model.data.targets: expected 'label' with its classes")
@@ -372,10 +297,3 @@ class TCLEntailment(Distilled):
     def convert(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of a pre-trained TCL, official or own, or of this model; see tcl_convert.convert."""
         return convert(self, state_dict)
-
-
-def classified(model: Distilled, batch: Batch) -> Tensor:
-    """The distilled cross-entropy with Batch["label"]."""
-    with torch.no_grad():
-        logits_m = model.momentum(batch)
-    return distilled_classes(model.online(batch), batch["label"], logits_m, model.alpha)

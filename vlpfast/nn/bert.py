@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ class BertConfig:
     type_vocab: int = 2  # segments; all tokens are of the first. 0: no table (BLIP, Q-Former)
     dropout: float = 0.1  # of embeddings, attention weights, and what each part adds
     norm_eps: float = 1e-12
+    init_std: float = 0.02  # of all weights at the start: BERT's, for its width; narrower ones send next to nothing with it
     activation: Literal["gelu", "quick_gelu"] = "gelu"
     pad_id: int = 0  # its embedding starts at 0 and gets no gradient
     cross_attention: list[int] = field(default_factory=list)  # layers that attend to a context too, counted from 0
@@ -211,7 +213,7 @@ class BertLayer(nn.Module):
 class Bert(nn.Module):
     """Token ids to states of all tokens (Devlin et al. 2019, arXiv 1810.04805), with cross-attention (Li et al. 2021, ALBEF).
 
-    Post-norm layers, learned positions, weights from N(0, 0.02), biases 0. `run` passes through some of the layers: ALBEF's text
+    Post-norm layers, learned positions, weights from N(0, init_std), biases 0. `run` passes through some of the layers: ALBEF's text
     half is range(6), its fusion half range(6, 12). Layers with cross-attention leave it out where there is no context.
     """
 
@@ -224,7 +226,7 @@ class Bert(nn.Module):
         self.type_embed = nn.Embedding(config.type_vocab, config.width) if config.type_vocab else None
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.layers = nn.ModuleList(BertLayer(config, i in config.cross_attention) for i in range(config.layers))
-        self.apply(initialize)
+        self.apply(partial(initialize, std=config.init_std))
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None, **options: Any) -> Any:
         """text [B, L] int64 -> what `run` gives for its embeddings; with a cache, positions go on from there."""
@@ -302,7 +304,7 @@ class MaskedLMHead(nn.Module):
         self.activation = ACTIVATIONS[config.activation]()
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.apply(initialize)
+        self.apply(partial(initialize, std=config.init_std))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C], whose products with `weight` (+ bias) are the logits."""
@@ -389,10 +391,10 @@ def check_config(config: BertConfig) -> None:
     require_installed(config.attention_backend)
 
 
-def initialize(module: nn.Module) -> None:
-    """BERT's: N(0, 0.02), biases and the padding's embedding 0."""
+def initialize(module: nn.Module, std: float = 0.02) -> None:
+    """BERT's: N(0, std), biases and the padding's embedding 0."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
