@@ -233,8 +233,8 @@ def main() -> None:
             f"{kind:18}{100 * by_hand if kind == 'coop' else float('nan'):8.1f}"
             + "".join(f"{100 * found[k]:10.1f}" for k in SHOTS)
         )
-    for claim, holds in claims.items():
-        print(f"{'holds' if holds else 'DOES NOT HOLD':15}{claim}")
+    for claim, held in claims.items():
+        print(f"{'held' if held else 'DID NOT HOLD':15}{claim}")
     about = environment()
     machine = f"{about['cpu']} {about['cores']} cores" + "".join(f", {gpu}" for gpu in about["gpus"])
     found = {
@@ -246,7 +246,7 @@ def main() -> None:
         "prompts": of_prompts,
         "few_shots": few,
         "drops": drops,
-        "claims": claims,
+        "claims": [{"claim": claim, "held": held} for claim, held in claims.items()],
         "rows": rows,
     }
     path = args.json or ROOT / "benchmarks/results" / re.sub(r"\W+", "-", machine).strip("-") / "claims-coop.json"
