@@ -2,7 +2,8 @@
 
     python benchmarks/claims/coop.py            at most six minutes on two cores; the row is claims-coop.json
 
-A tiny CLIP (configs/clip.yaml, fewer pictures) learns from captioned scenes in Twemoji's artwork and is frozen. Then, over seeds:
+A tiny CLIP (configs/clip.yaml, one object each) learns from captioned pictures in Twemoji's artwork and is frozen. Then, over
+seeds, with pictures that are drawn and tried on apart:
 few shots: 12 classes in OpenMoji's artwork, which it has not seen, with 1 to 16 pictures of each class.
     hand      the captions' own wording around the names, no training
     ensemble  the mean of the features of several such wordings
@@ -44,6 +45,7 @@ from vlpfast.types import DataSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, SHOTS, SEEDS = 12, (1, 2, 4, 8, 16), (1, 2, 3)
+POOL = 50  # pictures of each class to draw shots from, and as many to be tried on
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
 RECIPE = TrainConfig(
     optimizer="sgd",
@@ -61,7 +63,7 @@ Pictures = tuple[Tensor, Tensor]  # features [N, D], labels [N]
 
 def pretrained(run_dir: Path, steps: int, scenes: int, cache: Path) -> None:
     """Trains the CLIP, unless the run folder holds it already."""
-    data = [f"data.num_scenes={scenes}", "data.num_heldout=200", f"data.cache_dir={cache}"]
+    data = [f"data.num_scenes={scenes}", "data.num_heldout=200", "data.world.objects=[1,1]", f"data.cache_dir={cache}"]
     options = [f"train.run_dir={run_dir}", f"train.steps={steps}", "train.tensorboard_every=0", "evaluation.every=0", *data]
     if train.main([str(ROOT / "configs/clip.yaml"), *options]):
         raise SystemExit("the CLIP was not trained to its end")
@@ -179,10 +181,15 @@ def main() -> None:
     for domain in ("twemoji", "openmoji"):
         world = World(seed=7, vocabulary=CLASSES, domain=domain)
         names = class_names(world)
-        splits = {"train": Split(600, (1, 1)), "test": Split(600, (1, 1), heldout=True)}
-        patterns = build(args.cache_dir / f"claims-coop-{domain}", world, splits)
-        sets[domain] = {name: pictures(model, pattern, names) for name, pattern in patterns.items()}
-        sets[f"{domain}, grey"] = {"test": pictures(model, patterns["test"], names, grey=True)}
+        # Of one split, whose pictures all mean something else: two would differ in what is left for the second one.
+        patterns = build(
+            args.cache_dir / f"claims-coop-{domain}", world, {"all": Split(2 * POOL * CLASSES, (1, 1), heldout=True)}
+        )
+        for name, grey in ((domain, False), (f"{domain}, grey", True)):
+            features, labels = pictures(model, patterns["all"], names, grey)
+            pool = torch.zeros(len(labels), dtype=torch.bool)
+            pool[torch.from_numpy(few_shot_indices(labels.numpy(), POOL, 0))] = True
+            sets[name] = {"train": (features[pool], labels[pool]), "test": (features[~pool], labels[~pool])}
     model.set_classes(names, tokenizer)
     wordings = templates()
     prompts = {"hand": hand(model, tokenizer, names, wordings[1:2]), "ensemble": hand(model, tokenizer, names, wordings)}
