@@ -45,6 +45,7 @@ from vlpfast.types import DataSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, SHOTS, SEEDS = 12, (1, 2, 4, 8, 16), (1, 2, 3)
+CAPTIONS = ["{caption}", "a picture of one {label}", "one {label}"]  # the CLIP's: all that is true, or the object alone
 POOL = 50  # pictures of each class to draw shots from, and as many to be tried on
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
 RECIPE = TrainConfig(
@@ -63,7 +64,8 @@ Pictures = tuple[Tensor, Tensor]  # features [N, D], labels [N]
 
 def pretrained(run_dir: Path, steps: int, scenes: int, cache: Path) -> None:
     """Trains the CLIP, unless the run folder holds it already."""
-    data = [f"data.num_scenes={scenes}", "data.num_heldout=200", "data.world.objects=[1,1]", f"data.cache_dir={cache}"]
+    data = [f"data.num_scenes={scenes}", "data.num_heldout=200", f"data.cache_dir={cache}"]
+    data += ["data.world.objects=[1,1]", "data.world.vocabulary=40", f"model.data.text.templates={json.dumps(CAPTIONS)}"]
     options = [f"train.run_dir={run_dir}", f"train.steps={steps}", "train.tensorboard_every=0", "evaluation.every=0", *data]
     if train.main([str(ROOT / "configs/clip.yaml"), *options]):
         raise SystemExit("the CLIP was not trained to its end")
