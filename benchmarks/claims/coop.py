@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument(
         "--run-dir", type=Path, default=ROOT / "runs/claims-coop", help="keeps the CLIP: started again it is there"
     )
-    parser.add_argument("--steps", type=int, default=1200, help="of the CLIP")
+    parser.add_argument("--steps", type=int, default=800, help="of the CLIP")
     parser.add_argument("--scenes", type=int, default=12_000, help="it learns from")
     parser.add_argument("--cache-dir", type=Path, default=ROOT / ".cache/vlpfast")
     parser.add_argument("--json", type=Path, help="default: results/MACHINE/claims-coop.json")
