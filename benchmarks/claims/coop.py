@@ -183,10 +183,8 @@ def main() -> None:
     for domain in ("twemoji", "openmoji"):
         world = World(seed=7, vocabulary=CLASSES, domain=domain)
         names = class_names(world)
-        # Of one split, whose pictures all mean something else: two would differ in what is left for the second one.
-        patterns = build(
-            args.cache_dir / f"claims-coop-{domain}", world, {"all": Split(2 * POOL * CLASSES, (1, 1), heldout=True)}
-        )
+        # Of one split, drawn freely: of two, or of distinct ones, more and more objects would be tinted, for others run out.
+        patterns = build(args.cache_dir / f"claims-coop-{domain}", world, {"all": Split(2 * POOL * CLASSES, (1, 1))})
         for name, grey in ((domain, False), (f"{domain}, grey", True)):
             features, labels = pictures(model, patterns["all"], names, grey)
             pool = torch.zeros(len(labels), dtype=torch.bool)
