@@ -436,7 +436,7 @@ def test_scenes_depend_on_seed_split_and_number_alone(built):
     for world, split, number, attempt in others:
         assert scenes.draw_scene(world, words, split, (1, 4), number, attempt) != scene
     samples = read(built[1]["train"])
-    again = build_module()._sample(build_module()._plan(WORLD, words, SPLITS), "train", 100)
+    (again,) = build_module()._make(build_module()._plan(WORLD, words, SPLITS), ("train", 100, 101))
     assert again[1]["jpg"] == samples["train-00000100"][0]
 
 

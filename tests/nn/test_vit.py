@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlpfast.nn.vit import ViT, ViTConfig, resize_positions
+from vlpfast.nn.vit import ViT, ViTConfig, convert_timm, resize_positions
 from vlpfast.types import UserError
 
 SMALL = ViTConfig(width=16, layers=2, heads=2, patch_size=8)
@@ -131,3 +131,68 @@ def test_wrong_arguments_are_named() -> None:
         make(pool="max")
     with pytest.raises(ValueError, match=r"image: expected \[B, 3, 32, 32\], got \(2, 3, 32, 24\)"):
         make()(torch.randn(2, 3, 32, 24))
+
+
+def deit(**changes) -> ViT:
+    torch.manual_seed(0)
+    return ViT(ViTConfig.deit(width=16, layers=2, heads=2, patch_size=8, **changes), image_size=32)
+
+
+def test_what_deit_has_and_clip_has_not() -> None:
+    clip, other = make(), deit(qkv_bias=False)
+    assert clip.patch_embed.bias is None and clip.norm_pre is not None and clip.norm_post.eps == 1e-5
+    assert other.patch_embed.bias is not None and other.norm_pre is None
+    assert {module.eps for module in other.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+    assert all(block.attn.in_proj.bias is None and block.attn.out_proj.bias is not None for block in other.transformer.blocks)
+    image = torch.randn(2, 3, 32, 32)
+    tokens = other(image)
+    torch.testing.assert_close(other.norm_tokens(tokens)[:, 0], other.pool(tokens))
+    with pytest.raises(UserError, match="patch_bias: the convolutions of a stem"):
+        make(stem=[8, 16], patch_bias=True)
+
+
+def test_parity_with_transformers_vit() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
+    theirs = transformers.ViTModel(
+        transformers.ViTConfig(**settings, image_size=32, layer_norm_eps=1e-6), add_pooling_layer=False
+    ).eval()
+    for name, parameter in theirs.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.2)
+    vit = deit().eval()
+    vit.load_state_dict(convert_timm(timm_names(theirs.state_dict()), grid=4))
+    image = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(vit.norm_tokens(vit(image)), theirs(image).last_hidden_state, atol=1e-4, rtol=1e-4)
+
+
+def timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """From those of transformers.ViTModel, whose queries, keys and values are apart."""
+    found = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("embeddings.").replace("patch_embeddings.projection", "patch_embed.proj")
+        name = name.replace("position_embeddings", "pos_embed").replace("encoder.layer.", "blocks.").replace("layers.", "blocks.")
+        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2").replace("layernorm.", "norm.")
+        name = name.replace("attention.output.dense", "attn.proj").replace("attention.o_proj", "attn.proj")
+        name = name.replace("intermediate.dense", "mlp.fc1").replace("output.dense", "mlp.fc2")
+        found[name] = tensor
+    for name in list(found):
+        for query in ("attention.attention.query", "attention.q_proj"):
+            if query in name:
+                parts = [
+                    query,
+                    query.replace("query", "key").replace("q_p", "k_p"),
+                    query.replace("query", "value").replace("q_p", "v_p"),
+                ]
+                found[name.replace(query, "attn.qkv")] = torch.cat([found.pop(name.replace(query, part)) for part in parts])
+    return found
+
+
+def test_timm_positions_of_another_grid_are_resized() -> None:
+    vit = deit()
+    state = {"cls_token": torch.randn(1, 1, 16), "pos_embed": torch.randn(1, 26, 16), "head.weight": torch.randn(3, 16)}
+    converted = convert_timm(state | {"what": torch.zeros(1)}, grid=4)
+    assert set(converted) == {"class_token", "position", "what"}
+    assert torch.equal(converted["position"], resize_positions(state["pos_embed"][0], 4, 1))
+    with pytest.raises(RuntimeError, match="what"):
+        vit.load_state_dict(converted)

@@ -108,8 +108,12 @@ def rank(
     top: int,
     chunk: int = 1024,
     names: tuple[str, str] = ("queries", "candidates"),
+    second: tuple[Tensor, Tensor] | None = None,
 ) -> Ranking:
-    """queries [Q, D], candidates [N, D], query_ids [Q], candidate_ids [N] int64; every query has a candidate of its id."""
+    """queries [Q, D], candidates [N, D], query_ids [Q], candidate_ids [N] int64; every query has a candidate of its id.
+
+    second: places [Q, K] int64, of different candidates, and scores [Q, K]: these candidates come first, in the order of these
+    scores, and all others behind them in the order of the inner products (rerank.py)."""
     if min(ks, default=0) < 1:
         raise ValueError(f"ks: expected whole numbers from 1 on, got {list(ks)}")
     if top < 1 or chunk < 1:
@@ -120,10 +124,19 @@ def rank(
     queries, candidates = (rows if rows.dtype == torch.float64 else rows.float() for rows in (queries, candidates))
     query_ids, candidate_ids = query_ids.to(queries.device), candidate_ids.to(queries.device)
     tie = _TIE * float(queries.norm(dim=1).max() * candidates.norm(dim=1).max())
+    if second is not None:
+        if not (finite := second[1].isfinite()).all():
+            raise ValueError(f"second: {int((~finite).sum())} of {finite.numel()} scores are not finite")
+        second = second[0].to(queries.device), second[1].to(queries)
+        tie = max(tie, _TIE * float(second[1].abs().max()))
     top = min(top, len(candidates))
     parts = []
     for rows in torch.arange(len(queries), device=queries.device).split(max(1, min(chunk, _TILE // len(candidates)))):
         scores = queries[rows] @ candidates.T  # [C, N]
+        if second is not None:
+            places, better = second[0][rows], second[1][rows]  # [C, K]
+            behind = better.min(1, keepdim=True).values - scores.max(1, keepdim=True).values - 1 - tie
+            scores = (scores + behind).scatter(1, places, better)
         own = query_ids[rows, None] == candidate_ids  # [C, N]
         best_own, positive = scores.masked_fill(~own, -torch.inf).max(1)
         lead = scores - best_own[:, None]  # [C, N]

@@ -271,7 +271,10 @@ class Attention(nn.Module):
     and in_proj_bias. See `attention` for everything by keyword.
     """
 
-    def __init__(self, width: int, heads: int, *, context_width: int | None = None, backend: Backend = "auto") -> None:
+    def __init__(
+        self, width: int, heads: int, *, context_width: int | None = None, bias: bool = True, backend: Backend = "auto"
+    ) -> None:
+        """bias: of queries, keys and values."""
         super().__init__()
         if width % heads:
             raise UserError(f"heads: expected a divisor of the width {width}, got {heads}")
@@ -280,10 +283,10 @@ class Attention(nn.Module):
         self.backend = backend
         self.takes_context = context_width is not None
         if context_width is None:
-            self.in_proj = nn.Linear(width, 3 * width)
+            self.in_proj = nn.Linear(width, 3 * width, bias=bias)
         else:
-            self.q_proj = nn.Linear(width, width)
-            self.kv_proj = nn.Linear(context_width, 2 * width)
+            self.q_proj = nn.Linear(width, width, bias=bias)
+            self.kv_proj = nn.Linear(context_width, 2 * width, bias=bias)
         self.out_proj = nn.Linear(width, width)
 
     def forward(

@@ -39,11 +39,23 @@ class BertConfig:
     checkpointing: bool = False  # recompute each layer's activations in the backward: less memory, a third more arithmetic
 
 
+class Context(NamedTuple):
+    """What a layer's cross-attention needs of a context."""
+
+    k: Tensor  # [B', H, T, Dh]
+    v: Tensor
+    mask: Tensor | None  # [B', T] bool, True = seen, or float, added to the scores
+
+    def take(self, rows: Tensor) -> Context:
+        # Not index_select: on a GPU its gradient is added up in any order.
+        return Context(self.k[rows], self.v[rows], None if self.mask is None else self.mask[rows])
+
+
 class LayerCache(NamedTuple):
-    """What a layer keeps of the tokens it has seen: empty before the first."""
+    """What a layer keeps of what it has seen: nothing before the first tokens."""
 
     tokens: KeysValues | None = None  # [B, H, L, Dh]
-    context: KeysValues | None = None  # [B', H, T, Dh]
+    context: Context | None = None
 
 
 class BertCache:
@@ -55,28 +67,33 @@ class BertCache:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerCache] = {}
-        self.context_mask: Tensor | None = None
+        self.prefix = 0  # so many at the front are queries (QFormer), which positions do not count
 
     @property
     def length(self) -> int:
-        """Tokens of each row so far."""
+        """Tokens of each row so far, the prefix among them."""
         return next((cache.tokens[0].shape[2] for cache in self.layers.values() if cache.tokens is not None), 0)
 
     def reorder(self, rows: Tensor, context_rows: Tensor | None = None) -> None:
-        """rows [B'] int64: row i goes on as what row rows[i] was.
+        """rows [B] int64: row i goes on as what row rows[i] was.
 
-        The context stays as it is, B' / (rows of the context) consecutive rows to each: beams may not leave their picture.
-        context_rows [C'] int64: the context's rows that go on, where some are done.
+        The context stays as it is, each of its B' rows for B / B' consecutive rows: beams may not leave their picture.
+        context_rows [B'] int64: the context's rows that go on, where some pictures are done.
         """
-        for i, cache in self.layers.items():
-            tokens, context = cache
+        for i, (tokens, context) in self.layers.items():
             if tokens is not None:
-                tokens = tokens[0].index_select(0, rows), tokens[1].index_select(0, rows)
+                tokens = tokens[0][rows], tokens[1][rows]
             if context is not None and context_rows is not None:
-                context = context[0].index_select(0, context_rows), context[1].index_select(0, context_rows)
+                context = context.take(context_rows)
             self.layers[i] = LayerCache(tokens, context)
-        if self.context_mask is not None and context_rows is not None:
-            self.context_mask = self.context_mask.index_select(0, context_rows)
+
+    def of_context(self, rows: Tensor | None = None) -> BertCache:
+        """A new one with the context alone, for another pass over it; rows [B'] int64: with these of its rows."""
+        found = BertCache()
+        for i, (_, context) in self.layers.items():
+            if context is not None:
+                found.layers[i] = LayerCache(context=context if rows is None else context.take(rows))
+        return found
 
 
 class SelfAttention(nn.Module):
@@ -113,25 +130,25 @@ class CrossAttention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, config.norm_eps)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
-        """[B', T, context_width] -> [B', H, T, Dh] twice."""
-        k, v = self.kv_proj(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return k, v
+    def read(self, context: Tensor, mask: Tensor | None) -> Context:
+        """context [B', T, context_width], mask [B', T] -> its keys and values."""
+        if mask is not None and mask.shape != context.shape[:2]:
+            raise ValueError(f"context_mask: expected {list(context.shape[:2])}, got {list(mask.shape)}")
+        k, v = self.kv_proj(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B', H, T, Dh]
+        return Context(k, v, mask)
 
-    def forward(
-        self, x: Tensor, context: KeysValues, mask: Tensor | None, need_weights: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """x [B, L, C], context [B', H, T, Dh], mask [B', T] -> [B, L, C], and the weights [B, H, L, T] where they are wanted.
+    def forward(self, x: Tensor, context: Context, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [B, L, C], B a multiple of the context's B' -> [B, L, C], and the weights [B, H, L, T] where they are wanted.
 
         The queries of the B / B' rows that share a context are one long row: attention knows no difference.
         """
-        (b, length, _), shared = x.shape, context[0].shape[0]
+        (b, length, _), shared = x.shape, context.k.shape[0]
         if b % max(1, shared):
             raise ValueError(f"context: expected rows of which each serves as many of the {b} rows of x, got {shared}")
-        q = self.q_proj(x).reshape(shared, -1, self.heads, context[0].shape[-1]).transpose(1, 2)  # [B', H, L B / B', Dh]
+        q = self.q_proj(x).reshape(shared, -1, self.heads, context.k.shape[-1]).transpose(1, 2)  # [B', H, L B / B', Dh]
         dropout = self.dropout if self.training else 0.0
-        mask = None if mask is None else mask[:, None, None]
-        out = attention(q, *context, mask=mask, dropout=dropout, need_weights=need_weights, backend=self.backend)
+        mask = None if context.mask is None else context.mask[:, None, None]
+        out = attention(q, context.k, context.v, mask=mask, dropout=dropout, need_weights=need_weights, backend=self.backend)
         out, weights = out if need_weights else (out, None)
         out = self.out_proj(out.transpose(1, 2).reshape(b, length, -1))
         if weights is not None:  # [B', H, L B / B', T]
@@ -175,11 +192,11 @@ class BertLayer(nn.Module):
         """-> x [B, L, C]; what `cache` becomes, None where it was None; the weights on the context where they are wanted."""
         past = cache or LayerCache()
         x, tokens = self.attn(x, mask, past.tokens)
-        weights = context_kv = None
-        if self.cross is not None and (context is not None or past.context is not None):
-            context_kv = self.cross.keys_values(context) if past.context is None else past.context
-            x, weights = self.cross(x, context_kv, context_mask, need_weights)
-        return self.feed_forward(x), None if cache is None else LayerCache(tokens, context_kv), weights
+        weights, seen = None, past.context
+        if self.cross is not None and (context is not None or seen is not None):
+            seen = self.cross.read(context, context_mask) if seen is None else seen
+            x, weights = self.cross(x, seen, need_weights)
+        return self.feed_forward(x), None if cache is None else LayerCache(tokens, seen), weights
 
 
 class Bert(nn.Module):
@@ -211,10 +228,7 @@ class Bert(nn.Module):
 
     def embed(self, text: Tensor, positions: Tensor | None = None) -> Tensor:
         """text [B, L] int64, positions [L] or [B, L] int64 (0 .. L - 1 if None) -> [B, L, C], normalised."""
-        if text.ndim != 2 or text.shape[1] > self.config.max_positions:
-            raise ValueError(f"text: expected [B, L] with L at most {self.config.max_positions}, got {tuple(text.shape)}")
-        where = self.position_embed.weight[: text.shape[1]] if positions is None else self.position_embed(positions)
-        x = self.token_embed(text) + where
+        x = embed_tokens(text, positions, self.token_embed, self.position_embed)
         if self.type_embed is not None:
             x = x + self.type_embed.weight[0]
         return F.dropout(self.norm(x), self.config.dropout, self.training)
@@ -239,7 +253,7 @@ class Bert(nn.Module):
             mask: "joint": every token sees every other; "causal": itself and those before it; or [L, P + L] or [B, L, P + L]
                 bool, True = seen. But under "joint" a token, padding too, always sees itself where there is a text_mask.
             context: [B', T, context_width], B a multiple of B'; each of its rows serves B / B' consecutive rows of x, for which
-                nothing is copied. With a cache it is read at the first call alone.
+                nothing is copied. With a cache it and its mask are read at the first call alone.
             context_mask: [B', T] bool, True = seen, or float, added to the scores.
             layers: which to pass through; None: all.
             cache: keys and values so far, to which those of x are appended.
@@ -256,21 +270,14 @@ class Bert(nn.Module):
             raise ValueError(f"context: expected None, because no layer of {chosen} has a cross-attention")
         if need_weights is not None and (need_weights not in chosen or self.layers[need_weights].cross is None):
             raise ValueError(f"need_weights: expected a layer with a cross-attention in {chosen}, got {need_weights}")
-        if cache is not None:
-            cache.context_mask = context_mask = context_mask if cache.context_mask is None else cache.context_mask
         weights = None
         for i in chosen:
             before = None if cache is None else cache.layers.get(i, LayerCache())
-            x, after, found = self._layer(i, x, seen, context, context_mask, before, i == need_weights)
+            x, after, found = run_layer(self.layers[i], self.config, x, seen, context, context_mask, before, i == need_weights)
             weights = found if found is not None else weights
             if cache is not None:
                 cache.layers[i] = after
         return x if need_weights is None else (x, weights)
-
-    def _layer(self, i: int, *inputs: Any) -> tuple[Tensor, LayerCache | None, Tensor | None]:
-        if self.config.checkpointing and self.training:
-            return checkpoint(self.layers[i], *inputs, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
-        return self.layers[i](*inputs)
 
 
 class MaskedLMHead(nn.Module):
@@ -307,6 +314,20 @@ class MaskedLMHead(nn.Module):
         count = None if rows.kept is None else len(rows.index)
         losses = linear_cross_entropy(self(rows.of(x.flatten(0, -2))), weight, asked, bias=self.bias, max_rows=count, **options)
         return rows.valid(rows.back(losses, labels) if losses.ndim else losses)
+
+
+def run_layer(layer: nn.Module, config: BertConfig, *inputs: Any) -> Any:
+    """layer(*inputs), checkpointed where the config wants it."""
+    if config.checkpointing and layer.training:
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=config.dropout > 0)
+    return layer(*inputs)
+
+
+def embed_tokens(text: Tensor, positions: Tensor | None, token_embed: nn.Embedding, position_embed: nn.Embedding) -> Tensor:
+    """[B, L] -> [B, L, C], not yet normalised; see Bert.embed."""
+    if text.ndim != 2 or text.shape[1] > position_embed.num_embeddings:
+        raise ValueError(f"text: expected [B, L] with L at most {position_embed.num_embeddings}, got {tuple(text.shape)}")
+    return token_embed(text) + (position_embed.weight[: text.shape[1]] if positions is None else position_embed(positions))
 
 
 def self_mask(

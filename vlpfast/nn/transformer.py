@@ -21,6 +21,8 @@ class TransformerConfig:
     heads: int = 8
     mlp_ratio: float = 4.0  # hidden width of the feed-forward part over `width`
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    norm_eps: float = 1e-5
+    qkv_bias: bool = True
     attention_backend: Backend = "auto"  # see vlpfast.nn.attention.attention
     checkpointing: bool = False  # recompute each block's activations in the backward: less memory, a third more arithmetic
 
@@ -43,9 +45,9 @@ class Block(nn.Module):
         if config.activation not in ACTIVATIONS:
             raise UserError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {config.activation!r}")
         hidden = round(config.width * config.mlp_ratio)
-        self.norm1 = nn.LayerNorm(config.width)
-        self.attn = Attention(config.width, config.heads, backend=config.attention_backend)
-        self.norm2 = nn.LayerNorm(config.width)
+        self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
+        self.attn = Attention(config.width, config.heads, bias=config.qkv_bias, backend=config.attention_backend)
+        self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
         self.fc1 = nn.Linear(config.width, hidden)
         self.activation = ACTIVATIONS[config.activation]()
         self.fc2 = nn.Linear(hidden, config.width)
@@ -74,7 +76,8 @@ class Transformer(nn.Module):
             nn.init.normal_(block.fc1.weight, std=(2 * config.width) ** -0.5)
             nn.init.normal_(block.fc2.weight, std=residual_std)
             for linear in (block.attn.in_proj, block.attn.out_proj, block.fc1, block.fc2):
-                nn.init.zeros_(linear.bias)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, mask: Tensor | Literal["causal"] | None = None) -> Tensor:
         """[B, L, width] -> the same."""

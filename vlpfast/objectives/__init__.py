@@ -1,1 +1,1 @@
-"""Losses with state, and losses of several operators (none yet): between nn and hosts."""
+"""Losses with state, and losses of several operators: between nn and hosts."""

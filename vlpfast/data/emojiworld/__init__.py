@@ -4,8 +4,8 @@ Real artwork with real names, alone and composed into scenes, written as ordinar
 options, `build` writes the shards, `truth.py` says what the JSON beside each picture holds. Needs the packages of the extra
 `demo`."""
 
-from vlpfast.data.emojiworld.build import build, class_names, describe
+from vlpfast.data.emojiworld.build import answer_names, build, class_names, describe
 from vlpfast.data.emojiworld.captions import templates
 from vlpfast.data.emojiworld.world import Split, World, default_splits
 
-__all__ = ["Split", "World", "build", "class_names", "default_splits", "describe", "templates"]
+__all__ = ["Split", "World", "answer_names", "build", "class_names", "default_splits", "describe", "templates"]

@@ -1,5 +1,5 @@
-"""Writes a world as WebDataset shards: KEY.jpg (or .png), KEY.txt (the caption), KEY.json (see truth.py), and world.json
-about them all."""
+"""Writes a world as WebDataset shards: KEY.jpg (or .png; KEY.0.jpg and KEY.1.jpg of two pictures), KEY.txt (the caption),
+KEY.json (see truth.py), and world.json about them all."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ import numpy as np
 from PIL import Image
 
 from vlpfast.data.emojiworld.captions import captions
+from vlpfast.data.emojiworld.questions import answers
 from vlpfast.data.emojiworld.scenes import Scene, draw_scene
 from vlpfast.data.emojiworld.sprites import Word, package_versions, vocabulary
-from vlpfast.data.emojiworld.truth import FORMAT, picture_and_truth
+from vlpfast.data.emojiworld.truth import FORMAT, joint_truth, picture_and_truth
 from vlpfast.data.emojiworld.world import Split, World
 from vlpfast.data.shards import ShardWriter
 from vlpfast.types import UserError
@@ -59,6 +60,9 @@ def build(
         raise ValueError(f"workers: expected at least 1, got {workers}")
     if not splits or not all(re.fullmatch(r"[a-z0-9_]+", name) for name in splits):
         raise UserError(f"emojiworld: splits need names of letters, digits and _, got {sorted(splits)}")
+    odd = [name for name, split in splits.items() if split.num_scenes % world.pictures]
+    if odd:
+        raise UserError(f"emojiworld: num_scenes of the split {odd[0]} must be even where a sample has two pictures")
     words = vocabulary(world)
     about = describe(world, splits, samples_per_shard)
     folder = Path(os.path.abspath(os.path.expanduser(folder)))
@@ -96,6 +100,11 @@ def describe(world: World, splits: Mapping[str, Split], samples_per_shard: int =
 def class_names(world: World) -> list[str]:
     """The names of the world's objects, in its language: the values of "label"."""
     return [word.name for word in vocabulary(world)]
+
+
+def answer_names(world: World) -> list[str]:
+    """Every answer that a question about this world ("qa" of the JSON) can have."""
+    return answers(world, vocabulary(world))
 
 
 def _is_built(folder: Path, about: dict[str, Any]) -> bool:
@@ -283,10 +292,28 @@ def _make_in_worker(chunk: Chunk) -> list[Sample]:
 
 def _make(plan: _Plan, chunk: Chunk) -> list[Sample]:
     name, start, end = chunk
-    return [_sample(plan, name, number) for number in range(start, end)]
+    world = plan.world
+    if world.pictures == 1:
+        scenes = (_scene(plan, name, number) for number in range(start, end))
+        return [_sample(truth, {world.format: _encoded(picture, world)}) for picture, truth in scenes]
+    samples = []
+    for first in range(start, end, world.pictures):
+        pictures, truths = zip(*(_scene(plan, name, first + place) for place in range(world.pictures)), strict=True)
+        truth = joint_truth(truths, first // world.pictures, world, vocabulary(world))
+        members = {f"{place}.{world.format}": _encoded(picture, world) for place, picture in enumerate(pictures)}
+        samples.append(_sample(truth, members))
+    return samples
 
 
-def _sample(plan: _Plan, name: str, number: int) -> Sample:
+def _sample(truth: dict[str, Any], pictures: dict[str, bytes]) -> Sample:
+    return truth["key"], {
+        **pictures,
+        "txt": truth["caption"].encode(),
+        "json": json.dumps(truth, ensure_ascii=False, separators=(",", ":")).encode(),
+    }
+
+
+def _scene(plan: _Plan, name: str, number: int) -> tuple[np.ndarray, dict[str, Any]]:
     world, split, words = plan.world, plan.splits[name], vocabulary(plan.world)
     if name in plan.attempts:
         scene = draw_scene(world, words, name, split.objects or world.objects, number, plan.attempts[name][number])
@@ -294,12 +321,7 @@ def _sample(plan: _Plan, name: str, number: int) -> Sample:
         scene = next((s for s in _candidates(world, words, name, split, number) if s.key(words) not in plan.taken), None)
     if scene is None:
         raise _too_small(name, split, number)
-    picture, truth = picture_and_truth(scene, world, words)
-    return truth["key"], {
-        world.format: _encoded(picture, world),
-        "txt": truth["caption"].encode(),
-        "json": json.dumps(truth, ensure_ascii=False, separators=(",", ":")).encode(),
-    }
+    return picture_and_truth(scene, world, words)
 
 
 def _encoded(picture: np.ndarray, world: World) -> bytes:

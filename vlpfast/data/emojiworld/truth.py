@@ -20,6 +20,16 @@ label, group name and category of the scene's first object (of a single object: 
 scene        the canonical meaning that no other split shares, see Scene.key
 caption, phrases: [{start, end, objects: ids}]   caption[start:end] names these objects
 variants     [{caption, phrases}] other ways to say the same
+qa           [{question, answer, kind}], see questions.py
+instructions, heldout_instructions   [{instruction, answer, kind, template}]: the same asked in several ways, and what it says;
+             the held-out ones in a way, and of a kind, that the others never have
+entailment   [{statement, label: entailment | neutral | contradiction}], one of each
+
+A sample of two pictures (World.pictures) has them as 0.jpg and 1.jpg, and in its JSON
+format, key, split, number, domain, language
+pictures     [truth of the left one, truth of the right one]
+statements   [{statement, label: true | false}] about both
+caption      the captions of both
 """
 
 from __future__ import annotations
@@ -32,12 +42,14 @@ import numpy as np
 
 from vlpfast.data.emojiworld import rle
 from vlpfast.data.emojiworld.captions import captions
+from vlpfast.data.emojiworld.draws import Draws
+from vlpfast.data.emojiworld.questions import asked, compared
 from vlpfast.data.emojiworld.render import Outline, render
 from vlpfast.data.emojiworld.scenes import Scene, relations
 from vlpfast.data.emojiworld.sprites import Word
 from vlpfast.data.emojiworld.world import World
 
-FORMAT = 3  # counts up with every change of what the same options give
+FORMAT = 4  # counts up with every change of what the same options give
 
 
 def sample_key(split: str, number: int) -> str:
@@ -52,7 +64,7 @@ def picture_and_truth(scene: Scene, world: World, words: Sequence[Word]) -> tupl
     first, *others = captions(scene, world, words)
     subject = words[scene.groups[0].word]
     background = scene.background
-    return picture, {
+    truth = {
         "format": FORMAT,
         "key": sample_key(split, number),
         "split": split,
@@ -76,6 +88,23 @@ def picture_and_truth(scene: Scene, world: World, words: Sequence[Word]) -> tupl
         "scene": scene.key(words),
         **first.json(),
         "variants": [other.json() for other in others],
+    }
+    return picture, truth | asked(truth, Draws(*scene.name, "questions"), world, words)
+
+
+def joint_truth(truths: Sequence[dict[str, Any]], number: int, world: World, words: Sequence[Word]) -> dict[str, Any]:
+    """The JSON of a sample of two pictures, number `number` of its split."""
+    split = truths[0]["split"]
+    return {
+        "format": FORMAT,
+        "key": sample_key(split, number),
+        "split": split,
+        "number": number,
+        "domain": world.domain,
+        "language": world.language,
+        "pictures": list(truths),
+        "statements": compared(truths, Draws(world.seed, split, number, "statements"), words) if world.language == "en" else [],
+        "caption": "; ".join(truth["caption"] for truth in truths),
     }
 
 

@@ -24,6 +24,7 @@ class World:
     language: str = "en"  # of the names and captions
     format: str = "jpg"  # or png
     quality: int = 92  # of the JPEG
+    pictures: int = 1  # of a sample; 2: half as many samples as scenes, with statements about both pictures
     translations: bool = False  # each object's names in all languages into the JSON
 
     def __post_init__(self) -> None:
@@ -33,6 +34,7 @@ class World:
             _whole("vocabulary", self.vocabulary, MAX_OBJECTS, WRITTEN, ' or "all"')
         _whole("size", self.size, 64, 1024)
         _range("objects", self.objects)
+        _whole("pictures", self.pictures, 1, 2)
         _one_of("domain", self.domain, DOMAINS)
         _one_of("language", self.language, LANGUAGES)
         _one_of("format", self.format, ("jpg", "png"))
