@@ -263,15 +263,19 @@ class TextSpec:
 
     A template names fields of the sample's JSON: "a photo of a {label}"; "{caption}" is also the member txt. Of a field that is
     a list, training draws one anew each epoch and evaluation takes the first: "{captions}" of texts, "{qa.question}" of objects,
-    of which all texts of the sample then take the same.
+    of which all texts and targets of the sample then take the same.
+
+    Of the special tokens that the model adds (Vocabulary.extra), a template may spell one, which then is that token; whatever a
+    sample's field spells stays text. A sample without one of the fields, or with an empty one (but for the caption), is damaged.
+    Evaluation hides nothing: it has no NAME_masked.
     """
 
     context_length: int = 77
     templates: list[str] = field(default_factory=lambda: ["{caption}"])  # several: one drawn each epoch, in evaluation the first
     tokenizer: str = ""  # one of data.tokenizers; "": data.tokenizer
-    clean: str = ""  # "albef": lower case, without punctuation (sheet of ALBEF's descendants)
-    max_words: int = 0  # cut behind so many words, before it is tokenised; 0: none
-    drop: str = "end"  # what a text that is too long loses; or "start"
+    clean: str = ""  # what is done to each field's value; "albef": lower case, without punctuation, - and / become spaces
+    max_words: int = 0  # each field's value is cut behind so many words, after it was cleaned; 0: none
+    drop: str = "end"  # what a text that is too long loses; or "start", as always before an answer: the prompt gives way
     # Behind a prompt, the text it is answered with, written likewise: bos, prompt, answer, eos, where NAME_labels asks for the
     # answer and its eos alone.
     answer: list[str] = field(default_factory=list)
@@ -281,11 +285,12 @@ class TextSpec:
 
 @dataclass
 class TargetSpec:
-    """A number, a class or several numbers of each sample, from its JSON."""
+    """A number, a class or several numbers of each sample, from its JSON. Classes are named or numbered there; true counts as 1."""
 
     key: str = "label"  # field of the JSON; "objects.count": of the object that was drawn for the texts
     kind: str = "class"  # int64 [B]; "number": float32 [B]; "vector": float32 [B, n]
     classes: list[str] = field(default_factory=list)  # class: names in their order; empty: evaluation.class_names
+    first: int = 0  # class: the number that the JSON gives to the first of them
 
 
 @dataclass

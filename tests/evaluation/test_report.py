@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vlpfast.data.shards import ShardSet, ShardWriter
+from vlpfast.evaluation.answers import Answered, written_metrics
 from vlpfast.evaluation.contact_sheet import Classified, Pairs, chosen
 from vlpfast.evaluation.features import Features
 from vlpfast.evaluation.report import read_jsonl, write_report
@@ -145,6 +146,45 @@ def test_page_is_whole_escaped_and_asks_for_nothing(run_dir: Path, evaluated: di
         assert what in text
     sections = {attributes.get("id") for tag, attributes in page.tags if tag == "section"}
     assert {"headline", "training", "evaluations", "text-to-image", "image-to-text", "zero-shot", "damaged", "about"} <= sections
+
+
+def test_questions_and_answers(run_dir: Path, shards: ShardSet) -> None:
+    rows = torch.arange(COUNT)
+    questions = [f"question {i}" if i else HOSTILE for i in range(COUNT)]
+    answers = ["A red dog." if i % 3 else "blue <cat>" for i in range(COUNT)]
+    answered = Answered(rows, questions, answers, [["red dog", "dog"]] * COUNT, {"k": "broken"}, shards)
+    metrics = {"step": 9, **written_metrics(answers, answered.references, "written"), "reranked_text_to_image_R@1": 0.5}
+    text = write_report(run_dir, evaluation=metrics, answered={"written": answered}).read_text().replace("\u00a0", " ")
+    assert sum(answered.right) == 20
+    assert "66.7 % <small>right</small>" in text and "chance 100 %" in text and "30 samples, CIDEr" in text
+    assert "Text to image, reordered" in text
+    page = text[text.index('<section id="written">') :]
+    assert page.count('<article class="card query">') == 8 + 10 - sum(not right for right in drawn_right(answered))
+    assert "blue &lt;cat&gt;" in page and '<p class="wanted">red dog / dog</p>' in page and "1 of the samples of answers" in text
+    assert HOSTILE not in text
+
+
+def drawn_right(answered: Answered) -> list[bool]:
+    """Of the eight that are drawn at random."""
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0)).tolist()
+    return [answered.right[row] for row in order[:8]]
+
+
+def test_pictures_of_two_stand_side_by_side(run_dir: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "two", "pairs") as writer:
+        members = {}
+        for place, colour in enumerate(("red", "blue")):
+            out = io.BytesIO()
+            Image.new("RGB", (60, 60), colour).save(out, "PNG")
+            members[f"{place}.png"] = out.getvalue()
+        writer.write("p", {**members, "txt": b"two"})
+    answered = Answered(torch.tensor([0]), [""], ["x"], [["x"]], {}, ShardSet(str(tmp_path / "two" / "*.tar")))
+    text = write_report(run_dir, evaluation={}, answered={"classification": answered}).read_text()
+    data = re.search(r'<img class="picture" src="data:image/jpeg;base64,([^"]+)"', text)
+    picture = Image.open(io.BytesIO(base64.b64decode(data[1])))
+    assert picture.size[0] > 2 * picture.size[1]
+    (left, right) = (picture.getpixel((picture.width * n // 4, picture.height // 2)) for n in (1, 3))
+    assert left[0] > 200 > 50 > left[2] and right[2] > 200 > 50 > right[0]
 
 
 def test_numbers_on_the_page_are_those_of_the_evaluation(run_dir: Path, evaluated: dict) -> None:

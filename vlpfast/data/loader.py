@@ -1,4 +1,4 @@
-"""From shards to batches: order, position, damaged samples, captions. The rest of a batch is left to modalities (modality.py)."""
+"""From shards to batches: order, position, damaged samples. What a batch holds is left to texts.py and modalities (modality.py)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlpfast.data.mixture import Mixture, check_members, open_sources
+from vlpfast.data.mixture import LOOK_AT, Mixture, check_members, open_sources
 from vlpfast.data.modality import Draws, Modality
 from vlpfast.data.order import epoch_order
 from vlpfast.data.pictures import DamagedBatch, DamagedSample
 from vlpfast.data.position import EpochCourse, Position, PureCourse, merge_positions
 from vlpfast.data.shards import ShardSet
+from vlpfast.data.subset import Subset
+from vlpfast.data.texts import Info, Texts
 from vlpfast.types import Batch, DataSpec, Loader, Tokenizer, UserError
 
 _log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ _MODALITIES = {  # field of DataSpec -> who makes it, loaded when it is asked fo
 @dataclass
 class _Sample:
     index: int
-    caption: str
+    texts: Info
     meta: dict[str, Any]  # the JSON; {} if there is none or nobody asked for it
     contents: dict[str, np.ndarray]  # modality -> the member's bytes
     infos: dict[str, Any]  # modality -> what its inspect() told
@@ -60,7 +62,7 @@ class _Plan:
 def make_loader(
     patterns: str | Sequence[str] | Mapping[str, str | Sequence[str]],
     spec: DataSpec,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | Mapping[str, Tokenizer] | None,
     batch_size: int,
     *,
     train: bool,
@@ -73,8 +75,11 @@ def make_loader(
     window: int = 16,
     ahead: int = 2,
     with_meta: bool = False,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, float] | str | None = None,
     pure_batches: bool = False,
+    templates: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    answers: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    subset: Sequence[int] | np.ndarray | None = None,
 ) -> Loader:
     """Batches from WebDataset shards.
 
@@ -88,12 +93,14 @@ def make_loader(
     repeats. Batch["source"] numbers them in their order. pure_batches: each global batch (world_size * batch_size samples) is of
     one source; the weights then divide an epoch's batches, and no sample is dropped.
 
-    A sample that lacks a modality, with a picture that PIL cannot decode or a caption that is not UTF-8 is left out, logged
-    and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in the
-    member `json`.
+    A sample that lacks a modality, with a picture that PIL cannot decode or without what a text or target is made from is left
+    out, logged and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in
+    the member `json`; all other fields are the JSON's.
 
     patterns: shards as ShardSet takes them, or those of each source by its name. weights: share of the samples by source, of any
-    sum; None: in proportion to the sources' sizes. tokenizer: not needed if spec.text is None. backend: "dali", "plain", or
+    sum; "sqrt": in proportion to the square roots of the sources' sizes; None: to the sizes. templates, answers: by source and
+    text, in place of those of the TextSpec. subset: positions of the samples that count among all samples of the shards, which
+    are then numbered anew; None: all. tokenizer: or several by name; None if there are no texts. backend: "dali", "plain", or
     "auto", which is DALI where it is installed (pictures alone). device: where the batch lies, but for what Batch says lies on
     the CPU ("cuda:1" also decodes there with DALI). window: shards that are shuffled together. ahead: batches that wait for the
     caller, and as many more, less one, that are being decoded: memory against stalls. with_meta: adds Batch["meta"], the
@@ -104,12 +111,13 @@ def make_loader(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 .. world_size - 1 = {world_size - 1}, got {rank}")
-    if all(getattr(spec, field.name) is None for field in fields(spec)):
+    if not any(getattr(spec, field.name) for field in fields(spec)):
         raise ValueError("spec: all modalities are None, there is nothing to load")
-    if spec.text is not None and tokenizer is None:
-        raise ValueError("tokenizer: None, but spec.text asks for captions")
-    if not isinstance(patterns, Mapping) and (weights or pure_batches):
-        raise ValueError("weights and pure_batches need sources: expected patterns by name")
+    if not isinstance(patterns, Mapping) and (weights or pure_batches or templates or answers):
+        raise ValueError("weights, pure_batches, templates and answers need sources: expected patterns by name")
+    names = list(patterns) if isinstance(patterns, Mapping) else []
+    if unknown := {*(templates or {}), *(answers or {})} - set(names):
+        raise ValueError(f"templates, answers: expected those of sources, got {min(unknown)!r}")
     if not train and (weights or pure_batches):
         raise ValueError("weights and pure_batches are for training: evaluation makes one pass in order")
     if backend not in ("auto", "dali", "plain"):
@@ -117,18 +125,22 @@ def make_loader(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    own = [[(of or {}).get(name, {}) for name in names if templates or answers] for of in (templates, answers)]
+    texts = Texts(spec, tokenizer if isinstance(tokenizer, Mapping) else {"": tokenizer}, *own)
     modalities = _modalities(spec, threads, batch_size, device, backend)
-    members = {"text": ("txt", "json")} if spec.text is not None else {}
+    members = {}
     for name, make in modalities.items():
         modality = make()
         members[name] = modality.members
         modality.close()  # a spec that is refused, or a package that is missing, is told before the first batch
     mixture = None
     if isinstance(patterns, Mapping):
-        shards, mixture = open_sources(patterns, weights or {}, threads=threads)
-        check_members(shards, mixture, members)
+        shards, mixture = open_sources(patterns, weights or {}, threads=threads, subset=subset)
+        check_members(shards, mixture, [members | texts.members(source) for source in range(len(names))])
     else:
         shards = ShardSet(patterns, threads=threads)
+        shards = shards if subset is None else Subset(shards, subset)
+    texts.targets.measure(read_records(shards, range(min(len(shards), LOOK_AT))) if spec.targets else [])
     if train and len(shards) // world_size < batch_size:
         raise UserError(
             f"{len(shards)} samples in {len(shards.shards)} shards are fewer than one global batch of {world_size * batch_size}"
@@ -157,7 +169,7 @@ def make_loader(
         "rank": rank,
     }
     return ShardLoader(
-        shards, mixture, course, identity, spec, tokenizer, batch_size, modalities, train, seed, device, ahead, with_meta
+        shards, mixture, course, identity, spec, texts, batch_size, modalities, train, seed, device, ahead, with_meta
     )
 
 
@@ -206,7 +218,7 @@ class ShardLoader:
         course: EpochCourse | PureCourse,
         identity: dict[str, Any],
         spec: DataSpec,
-        tokenizer: Tokenizer | None,
+        texts: Texts,
         batch_size: int,
         modalities: dict[str, Callable[[], Modality]],
         train: bool,
@@ -219,9 +231,10 @@ class ShardLoader:
         self.sources = list(mixture.names) if mixture is not None else []  # what Batch["source"] numbers
         self.skipped: dict[str, str] = {}  # shard.tar:key of each damaged sample met so far -> what was wrong
         self._shards, self._mixture, self._course, self._identity = shards, mixture, course, identity
-        self._spec, self._tokenizer, self._makers = spec, tokenizer, modalities
+        self._texts, self._makers = texts, modalities
         self._train, self._seed, self._device, self._ahead, self._with_meta = train, seed, device, ahead, with_meta
-        self._wants_json = with_meta or bool(modalities.keys() - {"image"}) or (spec.image is not None and spec.image.boxes != "")
+        boxes = spec.image is not None and spec.image.boxes != ""
+        self._wants_json = with_meta or texts.json or boxes or bool(modalities.keys() - {"image"})
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._position = course.start()
         self._loaded = False  # a position was loaded that the next iteration starts from
@@ -303,6 +316,7 @@ class ShardLoader:
         with contextlib.ExitStack() as stack:
             for name, make in self._makers.items():
                 modalities[name] = stack.enter_context(contextlib.closing(make()))
+            self._texts.reset()
             plans: deque[_Plan] = deque()
             while True:
                 while len(plans) < self._ahead and (plan := self._plan(modalities, position)) is not None:
@@ -314,17 +328,17 @@ class ShardLoader:
                 plan = plans.popleft()
                 with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
                     reasons: dict[int, str] = {}
-                    received = {name: plan.batch[name] for name in plan.batch.keys() & {"text", "text_mask"}}
-                    for modality in modalities.values():
+                    received: dict[str, Tensor] = {}
+                    for part in (self._texts, *modalities.values()):
                         try:
-                            received |= modality.receive()
+                            received |= part.receive()
                         except DamagedBatch as error:
                             reasons = error.reasons | reasons
                     if reasons:
                         for place, reason in reasons.items():
                             self._damaged[plan.samples[place].index] = reason
-                        for modality in modalities.values():
-                            modality.reset()
+                        for part in (self._texts, *modalities.values()):
+                            part.reset()
                         plans.clear()
                         position = plan.start
                         continue
@@ -336,6 +350,7 @@ class ShardLoader:
     def _submit(self, modalities: dict[str, Modality], plan: _Plan) -> None:
         draws = Draws(self._seed, plan.end.epoch, plan.tickets, self._train)
         records = [sample.meta for sample in plan.samples]
+        self._texts.submit([sample.texts for sample in plan.samples], draws)
         for name, modality in modalities.items():
             contents, infos = ([getattr(sample, of)[name] for sample in plan.samples] for of in ("contents", "infos"))
             plan.batch |= modality.submit(contents, infos, records, draws)
@@ -383,9 +398,10 @@ class ShardLoader:
 
     def _read(self, modalities: dict[str, Modality], indices: list[int]) -> list[_Sample]:
         """Those of the samples that can be used, as far as can be told without decoding; the others are noted in _damaged."""
-        members = {name: self._shards.read(indices, modality.members) for name, modality in modalities.items()}
-        captions = self._shards.read(indices, ("txt",)) if self._spec.text is not None else [None] * len(indices)
-        captioned = self._spec.text is not None
+        members = {name: _contents(self._shards, indices, modality) for name, modality in modalities.items()}
+        captioned = self._texts.captions
+        captions = self._shards.read(indices, ("txt",)) if captioned else [None] * len(indices)
+        sources = self._mixture.source_of(np.array(indices, np.int64)) if self._mixture is not None else [0] * len(indices)
         with_json = [place for place, text in enumerate(captions) if self._wants_json or (captioned and text is None)]
         records = dict(zip(with_json, self._shards.read([indices[place] for place in with_json], ("json",)), strict=True))
         samples = []
@@ -397,19 +413,16 @@ class ShardLoader:
                     raise DamagedSample(self.skipped[name])
                 record = _parse_json(records.get(place))
                 infos = {name: modality.inspect(contents[name], record) for name, modality in modalities.items()}
-                caption = _caption(captions[place], record) if self._spec.text is not None else ""
+                said = self._texts.inspect(captions[place], record, int(sources[place]))
             except DamagedSample as error:
                 self._damaged[index] = str(error)
             else:
-                samples.append(_Sample(index, caption, record, contents, infos))
+                samples.append(_Sample(index, said, record, contents, infos))
         return samples
 
     def _assemble(self, plan: _Plan) -> _Plan:
         index = np.array([sample.index for sample in plan.samples])
         batch: Batch = {"index": torch.from_numpy(index), "key": [self._shards.key(sample.index) for sample in plan.samples]}
-        if (text := self._spec.text) is not None:
-            captions = [sample.caption for sample in plan.samples]
-            batch["text"], batch["text_mask"] = self._tokenizer.encode(captions, text.context_length)
         if self._with_meta:
             batch["meta"] = [sample.meta for sample in plan.samples]
         plan.batch = batch
@@ -428,17 +441,20 @@ def _parse_json(content: np.ndarray | None) -> dict[str, Any]:
     return record
 
 
-def _caption(text: np.ndarray | None, record: dict[str, Any]) -> str:
-    if text is not None:
+def read_records(shards: ShardSet, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+    """The JSON of samples, {} where there is none that can be read."""
+    records = []
+    for content in shards.read(indices, ("json",)):
         try:
-            return text.tobytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DamagedSample(f"the caption is not UTF-8: {error}") from error
-    caption = record.get("caption")
-    if not isinstance(caption, str):
-        raise DamagedSample('no caption (a member txt, or a member json with a text "caption")')
-    try:
-        caption.encode()
-    except UnicodeEncodeError as error:  # "\ud800": JSON can say what no text may hold, and tokenizers refuse
-        raise DamagedSample(f"the caption is not a text: {error}") from error
-    return caption
+            records.append(_parse_json(content))
+        except DamagedSample:
+            records.append({})
+    return records
+
+
+def _contents(shards: ShardSet, indices: list[int], modality: Modality) -> list[Any]:
+    """For each sample the member that the modality is made from, or a list of several."""
+    groups = getattr(modality, "groups", None)
+    if groups is None:
+        return shards.read(indices, modality.members)
+    return [list(of) for of in zip(*(shards.read(indices, group) for group in groups), strict=True)]

@@ -17,9 +17,10 @@ import numpy as np
 
 from vlpfast.data.order import epoch_order, random_bits
 from vlpfast.data.shards import ShardSet, expand
+from vlpfast.data.subset import Subset
 from vlpfast.types import UserError
 
-_LOOK_AT = 8  # samples of each source that are looked at when it is opened
+LOOK_AT = 8  # samples of each source that are looked at when it is opened
 _SOURCE_SEED, _SOURCE_ORDER = 1 << 32, (1 << 32) + 1  # numbers of draws, far from those that views use
 
 
@@ -41,12 +42,23 @@ def expand_sources(patterns: Mapping[str, str | Sequence[str]]) -> dict[str, lis
 
 
 def open_sources(
-    patterns: Mapping[str, str | Sequence[str]], weights: Mapping[str, float], *, threads: int
+    patterns: Mapping[str, str | Sequence[str]],
+    weights: Mapping[str, float] | str,
+    *,
+    threads: int,
+    subset: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[ShardSet, Mixture]:
-    """One set of all shards, and which of them are whose. weights: of every source, or none.
+    """One set of all shards, and which of them are whose. weights: of every source, or none; "sqrt": the square roots of their
+    sizes (InstructBLIP's). subset: the samples that count, of those of all sources; None: all.
 
-    UserError: as expand_sources and ShardSet; a weight of no source, a source without a weight, a weight that is not above 0.
+    UserError: as expand_sources and ShardSet; a weight of no source, a source without a weight, a weight that is not above 0; a
+    source of which no sample counts.
     """
+    if isinstance(weights, str):
+        if weights != "sqrt":
+            raise ValueError(f'weights: expected a number for each source or "sqrt", got {weights!r}')
+        shards, mixture = open_sources(patterns, {}, threads=threads, subset=subset)
+        return shards, Mixture(mixture.names, mixture.shard_sizes, [math.sqrt(size) for size in mixture.sizes])
     for name, weight in weights.items():
         if name not in patterns:
             near = get_close_matches(name, patterns, n=1)
@@ -58,18 +70,21 @@ def open_sources(
         raise UserError(f"source {without[0]} has no weight: expected one for every source, or for none")
     paths = expand_sources(patterns)
     shards = ShardSet([path for found in paths.values() for path in found], threads=threads)
+    shards = shards if subset is None else Subset(shards, subset)
     sizes = np.split(shards.shard_sizes, np.cumsum([len(found) for found in paths.values()])[:-1])
+    if empty := [name for name, of in zip(paths, sizes, strict=True) if not of.sum()]:
+        raise UserError(f"source {empty[0]} has none of the chosen samples")
     return shards, Mixture(list(paths), sizes, [float(weights[name]) for name in paths] if weights else None)
 
 
-def check_members(shards: ShardSet, mixture: Mixture, members: Mapping[str, Sequence[str]]) -> None:
+def check_members(shards: ShardSet, mixture: Mixture, members: Sequence[Mapping[str, Sequence[str]]]) -> None:
     """UserError for a source whose first samples all lack what a batch is made of: a mistake in the configuration, not damage.
 
-    members: modality -> extensions, one of which a sample must have.
+    members: of each source modality or text -> extensions, one of which a sample must have.
     """
-    for name, size, end in zip(mixture.names, mixture.sizes, np.cumsum(mixture.sizes).tolist(), strict=True):
-        looked_at = [set(shards.extensions(index)) for index in range(end - size, end - size + min(size, _LOOK_AT))]
-        for modality, wanted in members.items():
+    for name, size, end, needed in zip(mixture.names, mixture.sizes, np.cumsum(mixture.sizes).tolist(), members, strict=True):
+        looked_at = [set(shards.extensions(index)) for index in range(end - size, end - size + min(size, LOOK_AT))]
+        for modality, wanted in needed.items():
             if not any(found & set(wanted) for found in looked_at):
                 raise UserError(
                     f"source {name}: its first {len(looked_at)} samples have nothing to make {modality!r} from (a member "

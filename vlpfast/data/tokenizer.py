@@ -62,6 +62,23 @@ class TextTokenizer:
         self.mask_id: int | None = next((i for i in map(backend.token_to_id, _MASKS) if i is not None), None)
         special = {self.bos_id, self.eos_id, self.pad_id, self.mask_id} - {None}
         self.special_ids = sorted(special | {i for i, token in backend.get_added_tokens_decoder().items() if token.special})
+        self.extra: dict[str, int] = {}  # special tokens that a template may spell (add_extra)
+
+    def add_extra(self, tokens: Sequence[str]) -> None:
+        """Special tokens of a model, such as "[DEC]": those that are missing get the next ids. UserError: one is an ordinary
+        token here."""
+        from tokenizers import AddedToken
+
+        for token in tokens:
+            found = self._backend.token_to_id(token)
+            if found is None:
+                self._backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+                found = self._backend.token_to_id(token)
+                self.vocab_size = max(self.vocab_size, found + 1)
+                self.special_ids = sorted({*self.special_ids, found})
+            elif found not in self.special_ids:
+                raise UserError(f"tokenizer: {token!r} is an ordinary token of its vocabulary, the model needs a special one")
+            self.extra[token] = found
 
     @property
     def ordinary_ids(self) -> Tensor:
@@ -97,6 +114,15 @@ class TextTokenizer:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
+    def piece_words(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `pieces`, each with the number of the word that each token is a part of, int64; None, where the tokenizer knows no
+        words, counts as a word of its own."""
+        found = []
+        for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False):
+            words = [place if word is None else word for place, word in enumerate(encoding.word_ids)]
+            found.append((np.array(encoding.ids, np.int64), np.array(words, np.int64)))
+        return found
+
     def _rows(self, pieces: list[list[int]], context_length: int) -> tuple[np.ndarray, np.ndarray]:
         if context_length < 2:
             raise ValueError(f"context_length: expected at least 2 (bos and eos), got {context_length}")
@@ -113,10 +139,16 @@ class TextTokenizer:
 
     def save(self, path: str) -> None:
         """Writes a tokenizer.json that transformers reads too. It appears under its name only when it is whole. If the special
-        tokens were named by a tokenizer_config.json, one appears beside it."""
+        tokens were named by a tokenizer_config.json, one appears beside it (NAME_config.json beside a NAME.json)."""
         if self._names is not None:
-            _write(os.path.join(os.path.dirname(path), _CONFIG), json.dumps(self._names, ensure_ascii=False, indent=1) + "\n")
+            _write(_config_path(path), json.dumps(self._names, ensure_ascii=False, indent=1) + "\n")
         _write(path, self._backend.to_str(pretty=True))
+
+
+def _config_path(file: str) -> str:
+    """Where the special tokens of a tokenizer's file are named: several of a run lie in one folder."""
+    folder, name = os.path.split(file)
+    return os.path.join(folder, f"{name.removesuffix('.json')}_config.json" if name.startswith("tokenizer-") else _CONFIG)
 
 
 def _write(path: str, text: str) -> None:
@@ -133,9 +165,9 @@ def _write(path: str, text: str) -> None:
         raise
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, mask: bool = False) -> TextTokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, mask: bool = False, extra: Sequence[str] = ()) -> TextTokenizer:
     """A byte-level BPE of at most `vocab_size` ids, trained on the texts: NFC, lower case, CLIP's words. pad 0, bos 1, eos 2, and
-    mask 3 if it is asked for.
+    mask 3 if it is asked for; the ids of further special tokens, `extra`, follow.
 
     All 256 bytes have an id, so no text is out of its vocabulary. Each word carries its leading space (GPT-2's way), where CLIP
     marks the word's end. The same texts in the same order give the same tokenizer. Pairs that occur once are not merged.
@@ -143,7 +175,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, mask: bool = False
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [_PAD, _BOS, _EOS] + [_MASK] * mask
+    special = [_PAD, _BOS, _EOS] + [_MASK] * mask + list(extra)
+    if len(set(special)) < len(special):
+        raise ValueError(f"extra: expected special tokens that differ from one another and from {special[:4]}, got {list(extra)}")
     if vocab_size < (least := len(alphabet) + len(special)):
         raise ValueError(f"vocab_size: expected at least {least} (256 bytes, {len(special)} special tokens), got {vocab_size}")
     backend = Tokenizer(models.BPE())
@@ -162,7 +196,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, mask: bool = False
     backend.post_processor = processors.TemplateProcessing(  # for those who open the file with another library
         single=f"{_BOS} $A {_EOS}", special_tokens=[(_BOS, special.index(_BOS)), (_EOS, special.index(_EOS))]
     )
-    return TextTokenizer(backend, _BOS, _EOS, _PAD)
+    tokenizer = TextTokenizer(backend, _BOS, _EOS, _PAD)
+    tokenizer.add_extra(extra)
+    return tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
@@ -189,7 +225,7 @@ def _from_json(file: str) -> TextTokenizer:
         backend = Tokenizer.from_file(file)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"tokenizer: {file} cannot be read as a tokenizer.json: {error}") from error
-    if (names := _special_names(os.path.join(os.path.dirname(file), _CONFIG), backend)) is not None:
+    if (names := _special_names(_config_path(file), backend)) is not None:
         return TextTokenizer(backend, *names, named=True)
     missing = []
     for bos, eos, pads in _FAMILIES:

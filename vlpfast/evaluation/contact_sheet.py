@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlpfast.data.inspect import TILE, sheet_png
 from vlpfast.data.shards import IMAGE_EXTENSIONS, ShardSet
+from vlpfast.evaluation.answers import Answered
 from vlpfast.evaluation.charts import percent
 from vlpfast.evaluation.features import Features
 from vlpfast.evaluation.retrieval import Ranking, Retrieval
@@ -46,20 +47,24 @@ class Classified:
 class Samples:
     """Pictures and captions of the rows, read back from the shards when they are shown."""
 
-    def __init__(self, features: Features, shards: ShardSet) -> None:
-        self._index, self._shards = features.index.tolist(), shards
+    def __init__(self, rows: Features | Answered, shards: ShardSet) -> None:
+        self._index, self._shards = rows.index.tolist(), shards
         self._pictures: dict[int, str] = {}
 
     def picture(self, row: int) -> str:
         """A thumbnail as a data URL."""
         if row not in self._pictures:
-            stored = self._shards.read([self._index[row]], IMAGE_EXTENSIONS)[0]
-            image = Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
-            image.thumbnail((_SIDE, _SIDE))
+            image = self._stored(row, "") or _side_by_side([one for place in "01" if (one := self._stored(row, f"{place}."))])
+            image.thumbnail((_SIDE * image.width // image.height, _SIDE) if image.width > 2 * image.height else (_SIDE, _SIDE))
             out = io.BytesIO()
             image.save(out, "JPEG", quality=88)
             self._pictures[row] = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
         return self._pictures[row]
+
+    def _stored(self, row: int, number: str) -> Image.Image | None:
+        """number: "" or, of several pictures of a sample, "0.", "1."."""
+        stored = self._shards.read([self._index[row]], tuple(number + extension for extension in IMAGE_EXTENSIONS))[0]
+        return None if stored is None else Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
 
     def caption(self, row: int) -> str:
         text, meta = (self._shards.read([self._index[row]], (extension,))[0] for extension in ("txt", "json"))
@@ -197,6 +202,41 @@ def _views(batch: Batch, i: int, spec: DataSpec) -> list[Image.Image]:
                     ImageDraw.Draw(picture).rectangle(box, outline="red", width=2)
             views.append(picture)
     return views
+
+
+def _side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    gap = 8
+    out = Image.new("RGB", (sum(image.width + gap for image in images) - gap, max(image.height for image in images)), "white")
+    left = 0
+    for image in images:
+        out.paste(image, (left, 0))
+        left += image.width + gap
+    return out
+
+
+def answered_sheet(answered: Answered, seed: int, count: int = 8) -> str:
+    """Questions with their pictures and what the model answered, some at random, then some of those that it got wrong."""
+    samples, right = Samples(answered, answered.shards), answered.right
+    order = torch.randperm(len(right), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = order[:count]
+    wrong = [row for row in order[count:] if not right[row]][:count]
+
+    def card(row: int) -> str:
+        kind, mark = ("right", _TICK) if right[row] else ("wrong", _CROSS)
+        question = answered.questions[row]
+        wanted = "" if right[row] else f'<p class="wanted">{escape(" / ".join(answered.references[row]))}</p>'
+        asked = f"<blockquote>{escape(question)}</blockquote>" if question else ""
+        return (
+            f'<article class="card query"><img class="picture" src="{samples.picture(row)}" alt="{escape(samples.caption(row))}">'
+            f'{asked}<p class="{kind}"><span class="mark">{mark}</span> {escape(answered.answers[row])}</p>{wanted}</article>'
+        )
+
+    legend = (
+        f'<p class="legend-line"><span class="right"><span class="mark">{_TICK}</span> right</span>'
+        f'<span><span class="mark">{_CROSS}</span> wrong, with the right answer below</span></p>'
+    )
+    more = f"<h3>Wrong ones</h3>{_grid(map(card, wrong))}" if wrong else ""
+    return f"{legend}<h3>Drawn at random</h3>{_grid(map(card, drawn))}{more}"
 
 
 def confusions(classified: Classified, count: int = 10) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vlpfast.types import Batch, EncodesImages, EncodesTexts, Loader, UserError
+from vlpfast.types import ON_HOST, Batch, EncodesImages, EncodesTexts, Loader, UserError
 
 _SIDES = {"image": (EncodesImages, "encode_image"), "text": (EncodesTexts, "encode_text")}
 
@@ -29,6 +29,17 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+@dataclass
+class Collected:
+    """What a function made of every sample of a loader, in the loader's order."""
+
+    values: dict[str, Tensor]  # [N, ...]
+    index: Tensor  # [N] int64 position in the source, on the CPU
+    keys: list[str]  # [N]
+    meta: list[dict[str, Any]]  # [N], or empty when the loader was not asked for it
+    skipped: dict[str, str]  # damaged samples the loader left out -> what was wrong
 
 
 def encode_pairs(
@@ -80,18 +91,24 @@ def require(model: nn.Module, side: str) -> None:
         raise TypeError(f"model: {type(model).__name__} has no method {method}, which this evaluation needs")
 
 
-def _encode(model, loader, device, progress, ranks: int, sides: tuple[str, ...]) -> Features:
-    for side in sides:
-        require(model, side)
-    parts: dict[str, list[Tensor]] = {side: [] for side in sides}
+def collect(
+    model: nn.Module,
+    loader: Loader,
+    device: torch.device | str,
+    make: Callable[[Batch], dict[str, Tensor]],
+    progress: Callable[[int, int], None] | None = None,
+    ranks: int = 1,
+) -> Collected:
+    """make(batch) of every batch of one pass, put together: its tensors have a row for each sample and shapes that do not depend
+    on the batch. Everything else as for encode_pairs; the batch's tensors are on `device` but for those of types.ON_HOST."""
+    parts: list[dict[str, Tensor]] = []
     index, keys, meta = [], [], []
     with evaluating(model):
         for batch, again in _equally_often(loader, ranks, torch.device(device)):
-            encoded = {side: _encode_batch(model, batch, side, device) for side in sides}
+            made = make({key: _moved(key, value, device) for key, value in batch.items()})
             if again:
                 continue
-            for side in sides:
-                parts[side].append(encoded[side])
+            parts.append(made)
             index.append(batch["index"].cpu())
             keys.extend(batch["key"])
             meta.extend(batch.get("meta", ()))
@@ -99,19 +116,32 @@ def _encode(model, loader, device, progress, ranks: int, sides: tuple[str, ...])
                 progress(len(index), len(loader))
         if not keys:
             raise UserError("nothing to evaluate: the data hold no usable sample")
-        joined = {side: torch.cat(rows) for side, rows in parts.items()}  # [N, D]
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}  # [N, ...]
         places, skipped = torch.cat(index), dict(loader.skipped)
         if ranks > 1:
             joined, places, keys, meta, skipped = _of_all(joined, places, keys, meta, skipped, ranks, device)
-    for side, rows in joined.items():
+    return Collected(joined, places, keys, meta, skipped)
+
+
+def _moved(key: str, value: Any, device: torch.device | str) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
+
+
+def _encode(model, loader, device, progress, ranks: int, sides: tuple[str, ...]) -> Features:
+    for side in sides:
+        require(model, side)
+    made = collect(
+        model, loader, device, lambda batch: {side: _encode_batch(model, batch, side) for side in sides}, progress, ranks
+    )
+    for side, rows in made.values.items():
         finite = rows.isfinite().all(1)  # [N]
         if not finite.all():
             bad = (~finite).nonzero().flatten().tolist()
             raise UserError(
-                f"the model gives {side} features that are not finite for {len(bad)} of {len(keys)} samples "
-                f"(first: {keys[bad[0]]}); did the training diverge?"
+                f"the model gives {side} features that are not finite for {len(bad)} of {len(made.keys)} samples "
+                f"(first: {made.keys[bad[0]]}); did the training diverge?"
             )
-    return Features(joined["image"], joined.get("text"), places, keys, meta, skipped)
+    return Features(made.values["image"], made.values.get("text"), made.index, made.keys, made.meta, made.skipped)
 
 
 def _equally_often(loader: Loader, ranks: int, device: torch.device) -> Iterator[tuple[Batch, bool]]:
@@ -149,10 +179,9 @@ def _of_all(joined, places, keys, meta, skipped, ranks: int, device) -> tuple:
     )
 
 
-def _encode_batch(model: nn.Module, batch: Batch, side: str, device: torch.device | str) -> Tensor:
+def _encode_batch(model: nn.Module, batch: Batch, side: str) -> Tensor:
     if side not in batch:
         raise ValueError(f"loader: its batches have no field {side!r}, only {sorted(batch)}")
     if side == "image":
-        return model.encode_image(batch["image"].to(device, non_blocking=True)).float()  # [B, D]
-    mask = batch.get("text_mask")
-    return model.encode_text(batch["text"].to(device), None if mask is None else mask.to(device)).float()  # [B, D]
+        return model.encode_image(batch["image"]).float()  # [B, D]
+    return model.encode_text(batch["text"], batch.get("text_mask")).float()  # [B, D]

@@ -13,14 +13,25 @@ from typing import Any
 
 import yaml
 
+from vlpfast.evaluation.answers import Answered
 from vlpfast.evaluation.charts import COLOURS, POINTS, Series, line_chart, number, percent, spans_decades, stacked_chart
-from vlpfast.evaluation.contact_sheet import Classified, Pairs, confusions, image_to_text, text_to_image
+from vlpfast.evaluation.contact_sheet import Classified, Pairs, answered_sheet, confusions, image_to_text, text_to_image
 from vlpfast.evaluation.style import CSS
 from vlpfast.types import UserError
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser itself refuses anything from elsewhere
 _DIRECTIONS = {"text_to_image": "Text to image", "image_to_text": "Image to text"}
 _KS = (1, 5, 10)
+_TASKS = {  # beside retrieval: title, the shares that are shown, what each is called, the chance of the first
+    "zero_shot": ("Zero-shot classification", {"top1": "top-1", "top5": "top-5"}, {"top1": "chance_top1", "top5": "chance_top5"}),
+    "classification": ("Classification", {"top1": "top-1", "top5": "top-5"}, {"top1": "chance_top1"}),
+    "answers": ("Answers chosen from a list", {"accuracy": "right"}, {"accuracy": "chance_accuracy"}),
+    "written": (
+        "Answers written",
+        {"accuracy": "right", "BLEU-4": "BLEU-4", "ROUGE-L": "ROUGE-L"},
+        {"accuracy": "chance_accuracy"},
+    ),
+}
 _LISTED = 30  # damaged samples shown by name
 
 
@@ -30,6 +41,7 @@ def write_report(
     evaluation: Mapping[str, Any] | None = None,
     pairs: Pairs | None = None,
     zero_shot: Classified | None = None,
+    answered: Mapping[str, Answered] | None = None,
     seed: int = 0,
 ) -> Path:
     """Writes run_dir/report.html, aside and renamed, and returns its path.
@@ -37,8 +49,8 @@ def write_report(
     Curves come from metrics.jsonl and evaluation.jsonl, what the MFU refers to from speed.json, configuration and environment
     from config.yaml and environment.json, a profile from profile/summary.md; what is not there is left out of the page.
     `evaluation`: step and metrics of the headline numbers; None: the last line of evaluation.jsonl. `pairs` gives the contact
-    sheets, `zero_shot` the confusions; `seed` draws their queries. UserError: a file of the folder is damaged, or the page
-    cannot be written."""
+    sheets, `zero_shot` the confusions, `answered` sheets of questions for each of the tasks that have them (_TASKS); `seed`
+    draws what is shown. UserError: a file of the folder is damaged, or the page cannot be written."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist")
@@ -50,8 +62,8 @@ def write_report(
         _headline(evaluation, pairs, zero_shot),
         _training(steps, _read(run_dir / "speed.json")),
         _evaluations(evaluations),
-        _sheets(pairs, zero_shot, seed),
-        _damaged(steps, pairs, zero_shot),
+        _sheets(pairs, zero_shot, answered or {}, seed),
+        _damaged(steps, pairs, zero_shot, answered or {}),
         _about(config_text, environment_text, _read(run_dir / "profile" / "summary.md")),
     ]
     title = escape(f"{run_dir.resolve().name}: vlpfast report")
@@ -136,23 +148,32 @@ def _duration(seconds: float) -> str:
 
 def _headline(evaluation: Mapping[str, Any], pairs: Pairs | None, zero_shot: Classified | None) -> str:
     cards = []
-    for name, title in _DIRECTIONS.items():
+    reranked = {f"reranked_{name}": f"{title}, reordered" for name, title in _DIRECTIONS.items()}
+    for name, title in (_DIRECTIONS | reranked).items():
         rows = [(f"R@{k}", evaluation.get(f"{name}_R@{k}"), evaluation.get(f"{name}_chance_R@{k}")) for k in _KS]
         rank = evaluation.get(f"{name}_median_rank")
         foot = f"median rank {number(rank)}" if rank is not None else ""
         if pairs is not None:
-            ranking = getattr(pairs.retrieval, name)
-            foot += f" among {len(ranking.rank):,}" if foot else ""
+            foot += f" among {len(pairs.retrieval.text_to_image.rank):,}" if foot else ""
         cards.append(_card(title, rows, foot))
-    rows = [(f"top-{k}", evaluation.get(f"zero_shot_top{k}"), evaluation.get(f"zero_shot_chance_top{k}")) for k in (1, 5)]
-    foot = f"{len(zero_shot.result.names):,} classes, {len(zero_shot.result.labels):,} pictures" if zero_shot is not None else ""
-    cards.append(_card("Zero-shot classification", rows, foot))
+    for name, (title, shares, chances) in _TASKS.items():
+        rows = [
+            (label, evaluation.get(f"{name}_{share}"), evaluation.get(f"{name}_{chances.get(share)}"))
+            for share, label in shares.items()
+        ]
+        foot = []
+        if name == "zero_shot" and zero_shot is not None:
+            foot.append(f"{len(zero_shot.result.names):,} classes, {len(zero_shot.result.labels):,} pictures")
+        foot += [f"{evaluation[f'{name}_samples']:,} samples"] if f"{name}_samples" in evaluation else []
+        foot += [f"CIDEr {number(evaluation[f'{name}_CIDEr'])}"] if f"{name}_CIDEr" in evaluation else []
+        cards.append(_card(title, rows, ", ".join(foot)))
     shown = "".join(filter(None, cards))
     if not shown:
         return '<p class="soft">No evaluation yet.</p>'
     note = (
         "R@k: share of the queries whose right answer is among the first k. Top-k: share of the pictures whose class is among "
-        "the first k guesses. Chance: what a random order scores."
+        "the first k guesses. Chance: what a random order scores; of classes and answers, what always giving the commonest one "
+        "does."
     )
     return f'<section class="headline" id="headline">{shown}</section><p class="foot">{note}</p>'
 
@@ -252,8 +273,14 @@ def _evaluations(evaluations: Sequence[Mapping[str, Any]]) -> str:
     for name, title in _DIRECTIONS.items():
         curves = [Series(f"R@{k}", at, _column(evaluations, f"{name}_R@{k}")) for k in _KS]
         charts.append(_share_chart(title, curves, evaluations[-1].get(f"{name}_chance_R@1"), "chance R@1"))
-    curves = [Series(f"top-{k}", at, _column(evaluations, f"zero_shot_top{k}")) for k in (1, 5)]
-    charts.append(_share_chart("Zero-shot classification", curves, evaluations[-1].get("zero_shot_chance_top1"), "chance top-1"))
+        if f"reranked_{name}_R@1" in evaluations[-1]:
+            curves = [Series(f"R@{k}", at, _column(evaluations, f"reranked_{name}_R@{k}")) for k in _KS]
+            charts.append(_share_chart(f"{title}, reordered", curves, None, ""))
+    for name, (title, shares, chances) in _TASKS.items():
+        curves = [Series(label, at, _column(evaluations, f"{name}_{share}")) for share, label in shares.items()]
+        first = next(iter(shares))
+        chance = evaluations[-1].get(f"{name}_{chances[first]}")
+        charts.append(_share_chart(title, curves, chance, f"chance {shares[first]}"))
     return _section("Over the evaluations", "evaluations", "", charts)
 
 
@@ -293,7 +320,7 @@ def _time_split(steps: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _sheets(pairs: Pairs | None, zero_shot: Classified | None, seed: int) -> str:
+def _sheets(pairs: Pairs | None, zero_shot: Classified | None, answered: Mapping[str, Answered], seed: int) -> str:
     out = []
     if pairs is not None:
         out.append(
@@ -306,13 +333,18 @@ def _sheets(pairs: Pairs | None, zero_shot: Classified | None, seed: int) -> str
         )
     if zero_shot is not None:
         out.append(f'<section id="zero-shot"><h2>Zero-shot classification</h2>{confusions(zero_shot)}</section>')
+    for name, one in answered.items():
+        out.append(f'<section id="{name}"><h2>{_TASKS[name][0]}</h2>{answered_sheet(one, seed)}</section>')
     return "".join(out)
 
 
-def _damaged(steps: Sequence[Mapping[str, Any]], pairs: Pairs | None, zero_shot: Classified | None) -> str:
+def _damaged(
+    steps: Sequence[Mapping[str, Any]], pairs: Pairs | None, zero_shot: Classified | None, answered: Mapping[str, Answered]
+) -> str:
     in_training = max((record.get("skipped_samples", 0) for record in steps), default=0)
     sources = [("held-out pairs", pairs), ("zero-shot pictures", zero_shot)]
     lists = [(name, one.features.skipped) for name, one in sources if one is not None and one.features.skipped]
+    lists += [(f"samples of {_TASKS[name][0].lower()}", one.skipped) for name, one in answered.items() if one.skipped]
     if not in_training and not lists:
         return ""
     out = ['<section id="damaged"><h2>Damaged samples, left out</h2>']

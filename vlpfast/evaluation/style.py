@@ -89,6 +89,9 @@ p { margin: 0 0 14px; max-width: 75ch; }
 .reverse li.wanted { border-top: 1px dashed var(--right); margin-top: 4px; padding-top: 6px; }
 .mark { font-weight: 700; } .legend-line .mark { margin-right: 2px; }
 .legend-line { display: flex; flex-wrap: wrap; gap: 2px 18px; max-width: none; font-size: 0.9rem; color: var(--soft); }
+.query > .picture { max-width: 220px; margin-bottom: 8px; aspect-ratio: auto; }
+.query > p { margin: 4px 0 0; overflow-wrap: anywhere; } .query > p.right, .query > p.wanted { color: var(--right); }
+.query > p.wrong { color: var(--miss); }
 .legend-line .right, .legend-line .wanted { color: var(--right); }
 
 .tables { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 16px; align-items: start; }
