@@ -206,7 +206,9 @@ def test_convert_any_recognises_the_naming() -> None:
     assert_same(model.convert(open_clip_state()), convert.from_open_clip(open_clip_state(), CONFIG))
     assert_same(model.convert(transformers_state()), convert.from_transformers(transformers_state(), CONFIG))
     assert_same(model.convert(model.state_dict()), model.state_dict())
-    with pytest.raises(UserError, match=r"expected a CLIP's, with one of .*visual\.conv1\.weight.*; got encoder\.weight"):
+    tiny = CLIP(CLIP.Config.tiny())  # whose patches are made by convolutions
+    assert_same(tiny.convert(tiny.state_dict()), tiny.state_dict())
+    with pytest.raises(UserError, match=r"expected a CLIP's, with one of .*token_embedding\.weight.*; got encoder\.weight"):
         model.convert({"encoder.weight": torch.zeros(1)})
 
 

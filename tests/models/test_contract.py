@@ -182,8 +182,7 @@ def test_resumes_bit_for_bit(name: str) -> None:
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}, file)
     expected = train(model, optimizer, batches[2:], first=2, steps=4)
 
-    torch.manual_seed(99)
-    other = models.get(name)(models.get(name).Config.tiny()).train()
+    other = build(name, seed=99).train()
     optimizer = optimizer_for(other)
     file.seek(0)
     saved = torch.load(file, weights_only=True)

@@ -9,6 +9,7 @@ from vlpfast.types import UserError
 
 REGISTRY = {
     "clip": "vlpfast.models.clip:CLIP",
+    "coop": "vlpfast.models.coop:CoOp",
 }
 
 

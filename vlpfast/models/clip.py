@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlpfast.nn.text import TextConfig, TextTower
-from vlpfast.nn.vit import ViT, ViTConfig
+from vlpfast.hosts.dual_encoder import DualEncoder, DualEncoderConfig
+from vlpfast.nn.text import TextConfig
+from vlpfast.nn.vit import ViTConfig
 from vlpfast.ops.contrastive import sharded_clip_loss
-from vlpfast.types import Batch, DataSpec, ImageSpec, Progress, TextSpec, UserError, Vocabulary
+from vlpfast.types import Batch, DataSpec, ImageSpec, Progress, TextSpec, UserError
 
 
-class CLIP(nn.Module):
+class CLIP(DualEncoder):
     """Two towers trained so that a picture and its caption meet and all other pairs of the batch do not.
 
     Radford et al. 2021, "Learning transferable visual models from natural language supervision", arXiv 2103.00020; the pseudocode
@@ -34,17 +32,10 @@ class CLIP(nn.Module):
     """
 
     @dataclass
-    class Config:
-        """The defaults are ViT-B/32: 151,277,313 parameters."""
+    class Config(DualEncoderConfig):
+        """The defaults are ViT-B/32: 151,277,313 parameters. RN50, 102,007,137: vision null, resnet {}, embed_dim 1024."""
 
-        vision: ViTConfig = field(default_factory=ViTConfig)
-        text: TextConfig = field(default_factory=TextConfig)
-        embed_dim: int = 512
-        logit_scale_init: float = math.log(1 / 0.07)  # log of the factor on the cosines
         data: DataSpec = field(default_factory=DataSpec)  # also fixes the towers' picture size and context length
-
-        def vocabularies(self) -> dict[str, Vocabulary]:
-            return {"": Vocabulary(self.text.vocab_size, eos_id=self.text.eos_id)}
 
         @classmethod
         def paper(cls) -> CLIP.Config:
@@ -61,17 +52,10 @@ class CLIP(nn.Module):
             )
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
         if config.data.image is None or config.data.text is None:
             raise UserError("model.data: clip needs both image and text, got null for one")
+        super().__init__(config, config.data.image.size, config.data.text.context_length)
         self.config = config
-        self.vision = ViT(config.vision, config.data.image.size)
-        self.text = TextTower(config.text, config.data.text.context_length)
-        self.image_projection = nn.Linear(config.vision.width, config.embed_dim, bias=False)
-        self.text_projection = nn.Linear(config.text.width, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init))
-        for projection in (self.image_projection, self.text_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """batch: image, text -> {"contrastive": 0-d float32}."""
@@ -84,21 +68,6 @@ class CLIP(nn.Module):
     def contrast(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses of features that `encode` made, perhaps in several parts put together again: this rank's share of them."""
         return {"contrastive": sharded_clip_loss(features["image"], features["text"], self.logit_scale.exp())}
-
-    def encode_image(self, image: Tensor) -> Tensor:
-        """image [B, 3, S, S] -> [B, embed_dim] float32 of unit length."""
-        tokens, size = self.vision(image, need_size=True)
-        features = self.image_projection(self.vision.pool(tokens, size))
-        return F.normalize(features.float(), dim=-1)
-
-    def encode_text(self, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """text [B, L] int64, each row with its end token -> [B, embed_dim] float32 of unit length. text_mask changes nothing."""
-        features = self.text_projection(self.text.pool(self.text(text), text))
-        return F.normalize(features.float(), dim=-1)
-
-    def before_step(self, progress: Progress) -> None:
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=math.log(100))
 
     def convert(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights under this model's, open_clip's or transformers' names -> under this model's; see clip_convert.convert_any."""

@@ -1,4 +1,5 @@
-"""CLIP's weights under the names of open_clip (OpenAI's too) and of transformers, and back.
+"""CLIP's weights under the names of open_clip (OpenAI's too) and of transformers, and back; a CLIP with a ResNet has the
+first alone.
 
 Everything works on plain state dicts and is strict: a missing, left-over or wrongly shaped tensor is a UserError that names it.
 Every direction only renames, transposes, cuts or joins, so a round trip gives the same bits. Three things are not in the weights
@@ -29,13 +30,13 @@ StateDict = Mapping[str, Tensor]
 class Rule(NamedTuple):
     own: str
     theirs: tuple[str, ...]
-    how: str = "same"  # "transpose"; "conv": their patch embedding is a convolution's; "split": they keep q, k, v apart
+    how: str = "same"  # "transpose"; "conv": their patch embedding is a convolution's; "split": they keep q, k, v or k, v apart
 
 
 MARKS = {  # naming -> a tensor that only this naming has
-    "vlpfast": "vision.patch_embed.weight",
-    "open_clip": "visual.conv1.weight",
-    "transformers": "vision_model.embeddings.patch_embedding.weight",
+    "vlpfast": "text.token_embed.weight",
+    "open_clip": "token_embedding.weight",
+    "transformers": "text_model.embeddings.token_embedding.weight",
 }
 IGNORED = {  # constants that some versions saved beside the weights
     "input_resolution",
@@ -129,7 +130,7 @@ def _own_shapes(config: CLIP.Config) -> dict[str, Tensor]:
 
 def _check(state_dict: StateDict, expected: Mapping[str, torch.Size], naming: str) -> None:
     problems = [f"{name} is missing" for name in expected if name not in state_dict]
-    problems += [f"{name} has no place in this model" for name in state_dict if name not in expected and name not in IGNORED]
+    problems += [f"{name} has no place in this model" for name in state_dict if name not in expected and not _is_ignored(name)]
     problems += [
         f"{name} has shape {list(state_dict[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
@@ -140,14 +141,19 @@ def _check(state_dict: StateDict, expected: Mapping[str, torch.Size], naming: st
         raise UserError(f"weights under {naming}'s names do not fit this CLIP: {'; '.join(problems[:5])}{more}")
 
 
+def _is_ignored(name: str) -> bool:
+    return name in IGNORED or name.endswith(".num_batches_tracked")  # batch norms' count of steps
+
+
 def _resize_positions(state_dict: StateDict, rules: list[Rule], config: CLIP.Config) -> StateDict:
     name = next(rule.theirs[0] for rule in rules if rule.own == "vision.position")
     table = state_dict.get(name)
-    prefix = 1 if config.vision.pool == "class" else 0
+    prefix = 1 if config.vision is None or config.vision.pool == "class" else 0
     if table is None or table.ndim != 2 or not _is_square(table.shape[0] - prefix):
         return state_dict  # the check that follows names it
     assert config.data.image is not None
-    return {**state_dict, name: resize_positions(table, config.data.image.size // config.vision.patch_size, prefix)}
+    patch_size = 32 if config.vision is None else config.vision.patch_size
+    return {**state_dict, name: resize_positions(table, config.data.image.size // patch_size, prefix)}
 
 
 def _is_square(number: int) -> bool:
@@ -158,8 +164,9 @@ def _to_theirs(rule: Rule, tensor: Tensor, config: CLIP.Config) -> tuple[Tensor,
     if rule.how == "transpose":
         return (tensor.T.contiguous(),)
     if rule.how == "conv":
+        assert config.vision is not None
         return (tensor.reshape(-1, 3, config.vision.patch_size, config.vision.patch_size),)
-    return tensor.chunk(3) if rule.how == "split" else (tensor,)
+    return tensor.chunk(len(rule.theirs)) if rule.how == "split" else (tensor,)
 
 
 def _to_own(rule: Rule, tensors: list[Tensor]) -> Tensor:
@@ -173,6 +180,10 @@ def _to_own(rule: Rule, tensors: list[Tensor]) -> Tensor:
 def _rules(naming: str, config: CLIP.Config, own: StateDict) -> list[Rule]:
     if naming == "vlpfast":
         return [Rule(name, (name,)) for name in own]
+    if config.vision is None:
+        if naming != "open_clip":
+            raise UserError(f"resnet: {naming} has no counterpart of a CLIP with a ResNet")
+        return _open_clip(config)
     if config.vision.pool != "class":
         raise UserError(f"vision.pool: {naming} has no counterpart of a CLIP with pool={config.vision.pool!r}")
     if config.vision.stem:
@@ -183,16 +194,24 @@ def _rules(naming: str, config: CLIP.Config, own: StateDict) -> list[Rule]:
 def _open_clip(config: CLIP.Config) -> list[Rule]:
     rules = [
         Rule("logit_scale", ("logit_scale",)),
-        Rule("vision.patch_embed.weight", ("visual.conv1.weight",), "conv"),
-        Rule("vision.class_token", ("visual.class_embedding",)),
-        Rule("vision.position", ("visual.positional_embedding",)),
-        Rule("image_projection.weight", ("visual.proj",), "transpose"),
         Rule("text.token_embed.weight", ("token_embedding.weight",)),
         Rule("text.position", ("positional_embedding",)),
         Rule("text_projection.weight", ("text_projection",), "transpose"),
     ]
-    pairs = {"vision.norm_pre": "visual.ln_pre", "vision.norm_post": "visual.ln_post", "text.norm": "ln_final"}
-    for tower, prefix, layers in (("vision", "visual.", config.vision.layers), ("text", "", config.text.layers)):
+    pairs = {"text.norm": "ln_final"}
+    towers = [("text", "", config.text.layers)]
+    if config.vision is None:
+        rules += _open_clip_resnet(config)
+    else:
+        rules += [
+            Rule("vision.patch_embed.weight", ("visual.conv1.weight",), "conv"),
+            Rule("vision.class_token", ("visual.class_embedding",)),
+            Rule("vision.position", ("visual.positional_embedding",)),
+            Rule("image_projection.weight", ("visual.proj",), "transpose"),
+        ]
+        pairs |= {"vision.norm_pre": "visual.ln_pre", "vision.norm_post": "visual.ln_post"}
+        towers.append(("vision", "visual.", config.vision.layers))
+    for tower, prefix, layers in towers:
         for i in range(layers):
             mine, theirs = f"{tower}.transformer.blocks.{i}", f"{prefix}transformer.resblocks.{i}"
             rules += [Rule(f"{mine}.attn.in_proj.{part}", (f"{theirs}.attn.in_proj_{part}",)) for part in ("weight", "bias")]
@@ -206,7 +225,30 @@ def _open_clip(config: CLIP.Config) -> list[Rule]:
     return rules + _weights_and_biases(pairs)
 
 
+def _open_clip_resnet(config: CLIP.Config) -> list[Rule]:
+    assert config.resnet is not None
+    rules = [Rule("vision.position", ("visual.attnpool.positional_embedding",))]
+    for part in ("weight", "bias"):
+        theirs = [f"visual.attnpool.{which}_proj.{part}" for which in "qkvc"]
+        rules += [Rule(f"vision.q_proj.{part}", (theirs[0],)), Rule(f"vision.kv_proj.{part}", (theirs[1], theirs[2]), "split")]
+        rules.append(Rule(f"image_projection.{part}", (theirs[3],)))
+    convs = {f"vision.stem_convs.{i}": f"visual.conv{i + 1}" for i in range(3)}
+    norms = {f"vision.stem_norms.{i}": f"visual.bn{i + 1}" for i in range(3)}
+    for number, depth in enumerate(config.resnet.layers):
+        for i in range(depth):
+            own, theirs = f"vision.stages.{number}.{i}", f"visual.layer{number + 1}.{i}"
+            convs |= {f"{own}.conv{k}": f"{theirs}.conv{k}" for k in (1, 2, 3)}
+            norms |= {f"{own}.norm{k}": f"{theirs}.bn{k}" for k in (1, 2, 3)}
+        first = f"vision.stages.{number}.0.shortcut", f"visual.layer{number + 1}.0.downsample"  # the block that changes the width
+        convs[f"{first[0]}.conv"] = f"{first[1]}.0"
+        norms[f"{first[0]}.norm"] = f"{first[1]}.1"
+    rules += [Rule(f"{own}.weight", (f"{theirs}.weight",)) for own, theirs in convs.items()]
+    statistics = {"weight": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    return rules + [Rule(f"{own}.{a}", (f"{theirs}.{b}",)) for own, theirs in norms.items() for a, b in statistics.items()]
+
+
 def _transformers(config: CLIP.Config) -> list[Rule]:
+    assert config.vision is not None
     rules = [
         Rule("logit_scale", ("logit_scale",)),
         Rule("vision.patch_embed.weight", ("vision_model.embeddings.patch_embedding.weight",), "conv"),

@@ -81,17 +81,15 @@ class PromptLearner(nn.Module):
             )
         alone, sentences = (_pieces(texts, tokenizer, context_length) for texts in (names, [f"{name}." for name in names]))
         rows = []  # for each class token ids, and below them slots
-        before = {"end": config.tokens, "middle": config.tokens // 2, "front": 0}[config.position]
+        vectors = range(self.before), range(self.before, config.tokens)
         for name, own, piece in zip(names, alone, sentences, strict=True):
             if piece[: len(own)] != own:
                 raise UserError(f"classes: the tokenizer writes {name!r} otherwise where a full stop follows")
             if (length := 2 + config.tokens + len(piece)) > context_length:
                 raise UserError(f"classes: the prompt of {name!r} has {length} tokens, expected at most {context_length}")
-            cut = len(piece) if config.position == "end" else len(own)
-            parts = [tokenizer.bos_id], piece[:cut], [*piece[cut:], tokenizer.eos_id]
-            vectors = range(before), range(before, config.tokens)
-            ids = [*parts[0], *[0] * before, *parts[1], *[0] * len(vectors[1]), *parts[2]]
-            slots = [-1, *vectors[0], *[-1] * cut, *vectors[1], *[-1] * len(parts[2])]
+            rest = [*piece[len(own) :], tokenizer.eos_id]
+            ids = [tokenizer.bos_id, *[0] * len(vectors[0]), *own, *[0] * len(vectors[1]), *rest]
+            slots = [-1, *vectors[0], *[-1] * len(own), *vectors[1], *[-1] * len(rest)]
             rows.append((ids, slots))
         longest = max(len(ids) for ids, _ in rows)
         device = self.ctx.device
@@ -106,10 +104,14 @@ class PromptLearner(nn.Module):
             self.word_ids = torch.tensor(together, device=device)
 
     @property
+    def before(self) -> int:
+        """How many vectors stand before the class name."""
+        return {"end": self.config.tokens, "middle": self.config.tokens // 2, "front": 0}[self.config.position]
+
+    @property
     def shared(self) -> int:
         """P: how many tokens the prompts of all classes begin with alike."""
-        before = {"end": self.config.tokens, "middle": self.config.tokens // 2, "front": 0}[self.config.position]
-        return 1 if self.config.class_specific else 1 + before
+        return 1 if self.config.class_specific else 1 + self.before
 
     def forward(self, table: Tensor, shift: Tensor | None = None) -> Prompts:
         """table [V, W], the token embeddings; shift [T, W], added to every learned vector, for T prefixes (position "end" and

@@ -69,13 +69,14 @@ class TextTower(nn.Module):
     def encode_prompts(self, prefix: Tensor, tails: Tensor, end: Tensor, *, chunk: int = 256) -> Tensor:
         """What `run` and a read-out would make of T x C prompts, prompt (t, c) being prefix t and then tail c; exact.
 
-        Under a causal mask the prefix is the same in every prompt it begins, layer by layer: it runs once, and the tails attend to
-        its keys and values, which are not copied; their gradients are sums over the tails. The last block runs for the end tokens
-        alone. CoOp (Zhou et al. 2022): one prefix, start token and context, for all class names. CoCoOp: a prefix for each picture.
+        Under a causal mask the prefix is the same in every prompt it begins, layer by layer: it runs once, and the tails attend
+        to its keys and values, which are not copied; their gradients are sums over the tails. The last block runs for the end
+        tokens alone. CoOp (Zhou et al. 2022): one prefix, start token and context, for all class names. CoCoOp: one for each
+        picture.
 
         prefix [T, P, width] and tails [C, L, width], or [T, C, L, width] where they differ too: token embeddings without
         positions, P + L at most context_length; end [C] int64: the place of each end token in its tail.
-        chunk: more tails than so many are taken so many at a time and computed once more in the backward, for memory.
+        chunk: of more prompts than so many, so many are made at a time and once more in the backward, for memory.
         -> [T, C, width], normalised.
         """
         length = prefix.shape[1] + tails.shape[-2]
@@ -88,8 +89,9 @@ class TextTower(nn.Module):
         tails = tails + self.position[prefix.shape[1] : length]
         if tails.ndim == 3:
             tails = tails.expand(prefix.shape[0], -1, -1, -1)
-        if tails.shape[1] <= chunk:
+        if tails.shape[0] * tails.shape[1] <= chunk:
             return self.norm(self._run_tails(tails, end, before))
+        chunk = max(1, chunk // tails.shape[0])
         parts = zip(tails.split(chunk, 1), end.split(chunk), strict=True)
         made = [
             checkpoint(self._run_tails, part, ends, before, use_reentrant=False, preserve_rng_state=False) for part, ends in parts
