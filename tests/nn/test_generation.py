@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vlpfast.nn.bert import Bert, BertConfig, MaskedLMHead
 from vlpfast.nn.generation import BertDecoding, Decoding, generate, rank
-from vlpfast.nn.lm import LanguageModel, LMConfig, left_padded
+from vlpfast.nn.lm import LanguageModel, LMConfig
+from vlpfast.nn.splice import left_padded
 
 VOCAB = 60
 LLAMA, T5 = LMConfig("tiny-llama", {"vocab_size": VOCAB}), LMConfig("tiny-t5", {"vocab_size": VOCAB})
@@ -61,7 +62,7 @@ def test_writes_what_transformers_writes(kind: str, options: dict) -> None:
     theirs = {"num_beams" if key == "beams" else key: value for key, value in options.items()}
     lengths = set()
     for seed in range(3):
-        got = generate(read(model, seed), eos_id=model.eos_id, pad_id=0, max_new_tokens=12, **options)
+        got = generate(read(model, seed), eos_id=model.eos_id, pad_id=0, max_new_tokens=12, **{"min_new_tokens": 0, **options})
         embeds, mask = prefix(model, seed)
         for row, length in enumerate(mask.sum(1).tolist()):  # alone: behind left padding their penalty forgets the first tokens
             expected = model.network.generate(
@@ -204,6 +205,6 @@ def test_padding_with_the_end_token() -> None:
 
 def test_wrong_options_are_named() -> None:
     model = make(LLAMA)
-    for wrong in ({"beams": 0}, {"min_new_tokens": 0}, {"min_new_tokens": 31}, {"repetition_penalty": 0.0}):
+    for wrong in ({"beams": 0}, {"min_new_tokens": -1}, {"min_new_tokens": 30}, {"repetition_penalty": 0.0}):
         with pytest.raises(ValueError, match="expected beams >= 1"):
             generate(read(model), eos_id=2, pad_id=0, **wrong)

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlpfast.nn.lm import PRESETS, LanguageModel, LMConfig, left_padded
+from vlpfast.nn.lm import PRESETS, LanguageModel, LMConfig
+from vlpfast.nn.splice import left_padded
 from vlpfast.types import UserError
 
 OPT = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32}

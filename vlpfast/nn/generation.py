@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal, Protocol
 
 import torch
@@ -39,8 +40,7 @@ class BertDecoding:
         self, bert: Bert, lm_head: MaskedLMHead, prompt: Tensor, context: Tensor, context_mask: Tensor | None = None
     ) -> None:
         """prompt [B, P] int64, the same number of tokens in each row (bos alone, or "a picture of"); context [B, T, Cc]."""
-        self.bert, self.lm_head = bert, lm_head
-        self.cache, self.samples = BertCache(), len(prompt)
+        self.bert, self.lm_head, self.cache = bert, lm_head, BertCache()
         self._read(prompt, context=context, context_mask=context_mask)
 
     @property
@@ -57,11 +57,10 @@ class BertDecoding:
         return states
 
     def select(self, rows: Tensor) -> BertDecoding:
-        """The pictures' keys and values are not copied: as many rows of each sample as of every other."""
-        other = object.__new__(BertDecoding)
-        other.bert, other.lm_head, other.samples = self.bert, self.lm_head, self.samples
+        """The pictures' keys and values are not copied: each serves as many consecutive rows."""
+        other = copy.copy(self)
         other.cache, other.hidden = BertCache(), self.hidden[rows]
-        other.cache.layers, other.cache.context_mask = dict(self.cache.layers), self.cache.context_mask
+        other.cache.layers = dict(self.cache.layers)
         other.cache.reorder(rows)
         return other
 
@@ -86,11 +85,11 @@ def generate(
     greedy search.
 
     length_penalty: above 0 favours long texts, below short ones. repetition_penalty p (Keskar et al. 2019): log-probabilities of
-    tokens that a text has already are multiplied by p; the prompt does not count. min_new_tokens: end token included.
+    tokens that a text has already are multiplied by p; the prompt does not count. min_new_tokens: before the end token.
     """
-    if beams < 1 or not 0 < min_new_tokens <= max_new_tokens or repetition_penalty <= 0:
+    if beams < 1 or not 0 <= min_new_tokens < max_new_tokens or repetition_penalty <= 0:
         raise ValueError(
-            f"expected beams >= 1, 0 < min_new_tokens <= max_new_tokens and repetition_penalty > 0, got {beams}, "
+            f"expected beams >= 1, 0 <= min_new_tokens < max_new_tokens and repetition_penalty > 0, got {beams}, "
             f"{min_new_tokens}, {max_new_tokens} and {repetition_penalty}"
         )
     weight, bias = decoding.head
@@ -107,7 +106,7 @@ def generate(
         if repetition_penalty != 1 and step:
             written = texts[..., :step].flatten(0, 1)
             scores = scores.scatter(1, written, scores.gather(1, written) * repetition_penalty)
-        if step + 1 < min_new_tokens:
+        if step < min_new_tokens:
             scores[:, eos_id] = -torch.inf
         total = (running[..., None] + scores.unflatten(0, (samples, beams))).flatten(1)  # [B, K * V]
         scores, place = total.topk(min(2 * beams, total.shape[1]))  # [B, 2K]

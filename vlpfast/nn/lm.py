@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlpfast.nn.lora import LoRALinear, is_adapter
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
 from vlpfast.types import UserError
 
@@ -85,19 +86,26 @@ class LanguageModel(nn.Module):
         pad = getattr(about, "pad_token_id", None)
         self.pad_id: int = self.eos_id if pad is None else pad
         self.start_id: int | None = getattr(about, "decoder_start_token_id", None)  # of a decoder
-        if config.frozen:
-            self.network.requires_grad_(False)
         if config.checkpointing:
             _checkpoint_blocks(self.network)
-        self.train()
+        self.freeze(config.frozen)
+
+    def freeze(self, frozen: bool) -> None:
+        """Frozen: nothing but adapters is trained; else all but these."""
+        if not frozen and self.config.dtype != "float32":
+            raise ValueError(f"language.dtype: expected float32 for weights that are trained, got {self.config.dtype}")
+        self.frozen = frozen
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(is_adapter(name) == frozen)
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> LanguageModel:
-        """A frozen network stays in evaluation mode; adapters in it (nn/lora.py) follow `mode`."""
+        """A frozen network stays in evaluation mode; the adapters in it follow `mode`."""
         super().train(mode)
-        if self.config.frozen:
+        if self.frozen:
             self.network.eval()
             for module in self.network.modules():
-                if getattr(module, "is_adapter", False):
+                if isinstance(module, LoRALinear):
                     module.training = mode
         return self
 
@@ -170,7 +178,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def read(self, embeds: Tensor, mask: Tensor) -> Reading:
         """Reads a prefix [B, T, C], once: what generation and ranking go on from. mask [B, T] bool; causal: padded at the
-        beginning (see `left_padded`)."""
+        beginning (splice.left_padded)."""
         embeds = embeds.to(self.network.dtype)
         if self.is_encoder_decoder:
             reading = Reading(self, None, mask, self.encode(embeds, mask))
@@ -235,14 +243,6 @@ class Reading:
             cache.cross_attention_cache = _picked(cache.cross_attention_cache, rows)
             mask, memory = mask[rows], memory[rows]
         return Reading(self.model, cache, mask, memory, self.hidden[rows])
-
-
-def left_padded(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [B, T, C] whose tokens stand at the beginning -> with their tokens at the end. mask [B, T] bool."""
-    length = mask.shape[1]
-    source = torch.arange(length, device=mask.device) - (length - mask.sum(1, keepdim=True))  # [B, T], < 0: padding
-    rows = torch.arange(mask.shape[0], device=mask.device)[:, None]
-    return embeds[rows, source.clamp(min=0)], source >= 0
 
 
 def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:

@@ -28,8 +28,6 @@ class LoRALinear(nn.Linear):
     W and b keep their names and are frozen; A and B are float32 whatever W is. alpha may be changed at any time.
     """
 
-    is_adapter = True  # nn/lm.py: follows the training mode though its network is frozen
-
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
         nn.Module.__init__(self)  # not Linear's, which would make weights of its own
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -116,9 +114,14 @@ def unmerge_lora(network: nn.Module) -> None:
         layer.unmerge()
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an addition's."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
 def lora_state(network: nn.Module) -> dict[str, Tensor]:
     """The additions alone, by their names in the network's state_dict: what is saved of a fine-tuned model."""
-    return {name: tensor for name, tensor in network.state_dict().items() if name.endswith((".lora_a", ".lora_b"))}
+    return {name: tensor for name, tensor in network.state_dict().items() if is_adapter(name)}
 
 
 def load_lora(network: nn.Module, state: Mapping[str, Tensor]) -> None:
