@@ -10,6 +10,12 @@ from vlpfast.types import UserError
 REGISTRY = {
     "clip": "vlpfast.models.clip:CLIP",
     "coop": "vlpfast.models.coop:CoOp",
+    "tcl": "vlpfast.models.tcl:TCL",
+    "tcl_assignment": "vlpfast.models.tcl_finetune:TCLAssignment",
+    "tcl_entailment": "vlpfast.models.tcl_finetune:TCLEntailment",
+    "tcl_nlvr2": "vlpfast.models.tcl_finetune:TCLNLVR2",
+    "tcl_retrieval": "vlpfast.models.tcl:TCLRetrieval",
+    "tcl_vqa": "vlpfast.models.tcl_finetune:TCLVQA",
 }
 
 

@@ -138,7 +138,8 @@ class CrossAttention(nn.Module):
         return Context(k, v, mask)
 
     def forward(self, x: Tensor, context: Context, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
-        """x [B, L, C], B a multiple of the context's B' -> [B, L, C], and the weights [B, H, L, T] where they are wanted.
+        """x [B, L, C], B a multiple of the context's B' -> [B, L, C], and the weights [B', H, L B / B', T] where they
+        are wanted.
 
         The queries of the B / B' rows that share a context are one long row: attention knows no difference.
         """
@@ -151,8 +152,6 @@ class CrossAttention(nn.Module):
         out = attention(q, context.k, context.v, mask=mask, dropout=dropout, need_weights=need_weights, backend=self.backend)
         out, weights = out if need_weights else (out, None)
         out = self.out_proj(out.transpose(1, 2).reshape(b, length, -1))
-        if weights is not None:  # [B', H, L B / B', T]
-            weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
         return self.norm(x + F.dropout(out, dropout)), weights
 
 
@@ -209,9 +208,6 @@ class Bert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         check_config(config)
-        wrong = [i for i in config.cross_attention if not 0 <= i < config.layers]
-        if wrong:
-            raise UserError(f"cross_attention: expected layers below {config.layers}, got {wrong[0]}")
         self.config = config
         self.token_embed = nn.Embedding(config.vocab_size, config.width, padding_idx=config.pad_id)
         self.position_embed = nn.Embedding(config.max_positions, config.width)
@@ -257,8 +253,9 @@ class Bert(nn.Module):
             context_mask: [B', T] bool, True = seen, or float, added to the scores.
             layers: which to pass through; None: all.
             cache: keys and values so far, to which those of x are appended.
-            need_weights: a layer, whose cross-attention weights [B, heads, L, T] (before dropout) are returned behind the states.
-                Both have gradients: torch.autograd.grad of a score with respect to them passes through the layers above alone.
+            need_weights: a layer, whose cross-attention weights [B', heads, L B / B', T] (before dropout) are returned behind the
+                states; rows that share a context stand one after another. They are part of the graph: torch.autograd.grad of a
+                score with respect to them passes through the layers above alone (GradCAM).
 
         Raises:
             ValueError: a wrong argument, named.
@@ -366,6 +363,9 @@ def check_config(config: BertConfig) -> None:
         raise UserError(f"dropout: expected a probability in [0, 1), got {config.dropout}")
     if not 0 <= config.pad_id < config.vocab_size:
         raise UserError(f"pad_id: expected an id below vocab_size {config.vocab_size}, got {config.pad_id}")
+    wrong = [i for i in config.cross_attention if not 0 <= i < config.layers]
+    if wrong:
+        raise UserError(f"cross_attention: expected layers below {config.layers}, got {wrong[0]}")
     require_installed(config.attention_backend)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Projection(nn.Linear):
-    """Into the space where features are compared: a linear layer, then unit length, in float32 whatever the product is made in."""
+    """Into the space where features are compared: a linear layer, then unit length, in float32."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[..., width] -> [..., embed_dim] float32 of unit length."""

@@ -28,7 +28,7 @@ class Momentum(nn.Module):
 
     @torch.no_grad()
     def update(self, module: nn.Module, momentum: float) -> None:
-        """module: what this is a copy of; its parameters may have become FSDP2's, and a step of the optimiser may be behind it."""
+        """module: what this is a copy of; its parameters may have become FSDP2's."""
         # Looked up each time: what spreads a model over ranks puts other parameters into it.
         own, followed = _local(self.module.parameters()), _local(module.parameters())
         torch._foreach_lerp_(own, followed, 1 - momentum)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ from vlpfast.nn.bert import (
     run_layer,
     self_mask,
 )
+from vlpfast.nn.bert_convert import StateDict, convert_bert
 from vlpfast.types import UserError
 
 ContextMask = Tensor | Mapping[int, Tensor]
@@ -242,7 +243,32 @@ class QFormer(nn.Module):
 
     def _check_full(self) -> None:
         if self.config.text != "full":
-            raise ValueError(f"text: its states are asked for, and this Q-Former was made with text={self.config.text}")
+            raise ValueError(f"text: expected a Q-Former whose last layer has a part for it, got text={self.config.text}")
+
+
+def convert_qformer(state_dict: StateDict, config: QFormerConfig) -> dict[str, Tensor]:
+    """A Q-Former's weights in a whole model's state dict, under LAVIS' names ("Qformer.bert.") or transformers' ("qformer."), for
+    QFormer(config). What of them a Q-Former of config.text has no place for is left out.
+
+    UserError: a tensor is missing or too many. Checkpoints of BLIP-2's second stage have no text parts: of those text="none".
+    """
+    prefix = "Qformer.bert." if any(name.startswith("Qformer.") for name in state_dict) else "qformer."
+    own = {name: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    # transformers' BLIP-2 keeps the embeddings beside the Q-Former
+    own |= {f"{prefix}{name}": tensor for name, tensor in state_dict.items() if name.startswith("embeddings.")}
+    found = convert_bert(own, prefix)
+    if "query_tokens" not in state_dict:
+        raise UserError("weights: expected query_tokens [1, Q, C], got none")
+    found["query_tokens"] = state_dict["query_tokens"].flatten(0, -2)
+    with torch.device("meta"):
+        wanted = QFormer(config).state_dict().keys()
+        known = QFormer(replace(config, text="full")).state_dict().keys()
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} has no place" for name in found if name not in known]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"weights under {prefix}* do not fit this Q-Former: {'; '.join(problems[:5])}{more}")
+    return {name: found[name] for name in wanted}
 
 
 def _rows(context: Tensor | BertCache) -> int:

@@ -27,8 +27,8 @@ def hard_negatives(x: Tensor, y: Tensor, scale: Tensor, ids: Tensor | None = Non
 
 
 def matching_loss(positive: Tensor, negative: Tensor, there: Tensor) -> Tensor:
-    """Cross-entropy of two classes, the second being "fits": positive [n, 2] logits of pairs that do, negative [m, 2] of pairs that
-    do not, of which only those count that are there [m] bool. 0-d float32, the mean over all that count."""
+    """Cross-entropy of two classes, the second being "fits": positive [n, 2] logits of pairs that do, negative [m, 2] of pairs
+    that do not, of which those count that are there [m] bool. 0-d float32, the mean over all that count."""
     fits = F.logsigmoid((positive[:, 1] - positive[:, 0]).float())
     fits_not = F.logsigmoid((negative[:, 0] - negative[:, 1]).float())
     return -(fits.sum() + torch.where(there, fits_not, 0).sum()) / (len(positive) + there.sum()).clamp(min=1)

@@ -19,6 +19,7 @@ from vlpfast.ops.contrastive._checks import (
     check_features,
     check_ids,
     check_loss_scale,
+    check_own,
     check_same_length,
     check_scale,
 )
@@ -268,7 +269,13 @@ def _apart(x: Tensor, y: Tensor, scale: Tensor, related: Tensor, group: Tensor) 
 
 
 def local_global_loss(
-    x: Tensor, y: Tensor, scale: float | Tensor, mask: Tensor | None = None, *, stash_bytes: int = STASH_BYTES
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    mask: Tensor | None = None,
+    *,
+    own: int | None = None,
+    stash_bytes: int = STASH_BYTES,
 ) -> Tensor:
     """Local-to-global mutual information (TCL's LMI): each local feature of a sample against those of all other samples.
 
@@ -278,9 +285,11 @@ def local_global_loss(
     own sample. One product of the x with all locals: nothing of the size of locals x locals is made.
 
     Args:
-        x: [N, D] global features. See `pair_logsumexp` for dtypes, scale and stash_bytes.
-        y: [N, L, D] local features (TCL gives them no gradient: detach them).
+        x: [M, D] global features. See `pair_logsumexp` for dtypes, scale and stash_bytes.
+        y: [N, L, D] local features of these samples and perhaps of others (TCL gives them no gradient: detach them).
         mask: [N, L] bool, True = keep; None: all.
+        own: row i of x is of the sample of y[own + i], 0 <= own <= N - M: a rank's own samples among all ranks' locals. None:
+            M = N, row i is of y[i].
 
     Returns:
         A 0-d tensor, float32 (float64 for float64 features); 0 for N = 0 and where all locals are masked.
@@ -297,8 +306,13 @@ def local_global_loss(
         raise ValueError(f"y: expected 3 dimensions [rows, locals, width], got shape {tuple(y.shape)}")
     debug.check_finite("y", y)
     check_features(x, y[:, 0] if y.shape[1] else y.new_empty(y.shape[0], y.shape[2]))
-    check_same_length(x, y)
     n, length = y.shape[:2]
+    if own is None:
+        check_same_length(x, y)
+        own = 0
+    elif isinstance(own, Tensor):
+        raise TypeError("own: expected an int or None, got a tensor")
+    check_own(own, x.shape[0], n, x.device, unique=False)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
@@ -308,8 +322,9 @@ def local_global_loss(
     check_loss_scale(scale)
     scale = check_scale(scale, x)
     locals_ = y.flatten(0, 1)  # [N * L, D]
-    index = torch.arange(n * length, device=x.device).reshape(n, length)
     sample = torch.arange(n, device=x.device)
+    mine = sample[own : own + x.shape[0]]  # [M]
+    index = mine[:, None] * length + torch.arange(length, device=x.device)
     # far enough down that no logit makes up for it, and finite: a row of nothing else still has a gradient, which is 0
     bias = None if mask is None else torch.where(mask, 0.0, -1e9).flatten().to(scale.dtype)
     negatives = pair_logsumexp(
@@ -317,14 +332,15 @@ def local_global_loss(
         locals_,
         scale,
         own=None,
-        leave_out=(sample, sample.repeat_interleave(length)),
+        leave_out=(mine, sample.repeat_interleave(length)),
         bias=bias,
         directions="rows",
         stash_bytes=stash_bytes,
     )
-    loss = softplus(negatives[:, None] - scale * listed_dots(x, locals_, index))  # [N, L]
+    loss = softplus(negatives[:, None] - scale * listed_dots(x, locals_, index))  # [M, L]
     if mask is None:
         return mean(loss)
+    mask = mask[own : own + x.shape[0]]
     number = mask.sum(1)
     loss = torch.where(mask, loss, 0).sum(1) / number.clamp(min=1)
     return mean(loss, number > 0)
