@@ -286,7 +286,8 @@ class TextSpec:
 
 @dataclass
 class TargetSpec:
-    """A number, a class or several numbers of each sample, from its JSON. Classes are named or numbered there; true counts as 1."""
+    """A number, a class or several numbers of each sample, from its JSON. Classes are named or numbered there; true counts as
+    1."""
 
     key: str = "label"  # field of the JSON; "objects.count": of the object that was drawn for the texts
     kind: str = "class"  # int64 [B]; "number": float32 [B]; "vector": float32 [B, n]

@@ -176,7 +176,7 @@ def test_every_element_is_a_row(tokenizer):
         assert fields["all_of"].tolist() == [0, 0, 0, 0, 1, 2, 2, 2, 2] and fields["all_of"].dtype == torch.int64
         assert fields["all_weight"].tolist() == [0.25, 1.25, 2.25, 3.25, 1.0, 0.25, 1.25, 2.25, 3.25]
         asked = [words(tokenizer, row).split()[2] for row in fields["all"]]
-        assert asked == "dogs cats birds houses birds dogs cats birds houses".split()
+        assert asked == ["dogs", "cats", "birds", "houses", "birds", "dogs", "cats", "birds", "houses"]
         answers = [words(tokenizer, row[row != IGNORED]) for row in fields["all_labels"]]
         assert answers == asked
         assert len(fields["one"]) == 3 and fields["names_of"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]

@@ -1,4 +1,5 @@
-"""From shards to batches: order, position, damaged samples. What a batch holds is left to texts.py and modalities (modality.py)."""
+"""From shards to batches: order, position, damaged samples. What a batch holds is left to texts (texts.py) and modalities
+(modality.py)."""
 
 from __future__ import annotations
 

@@ -59,13 +59,13 @@ def parse_template(text: str, special: Mapping[str, int], where: str) -> Templat
 
 
 def resolve(value: Any, path: Path, read: Callable[[Any], Any], *, vector: bool = False, at: int = 0) -> Tree:
-    """The field `path` of `value`, every value in it as `read` gives it. vector: the value itself is a list. Raises DamagedSample:
-    there is no such field, or a list without elements."""
+    """The field `path` of `value`, every value in it as `read` gives it. vector: the value itself is a list. Raises
+    DamagedSample: there is no such field, or a list without elements."""
     if isinstance(value, list) and not (vector and at == len(path)):
         where = ".".join(path[:at])
         if not value:
             raise DamagedSample(f'the list "{where}" in the json member is empty')
-        if any(isinstance(item, list) for item in value) and not (vector and at == len(path)):
+        if any(isinstance(item, list) for item in value):
             raise DamagedSample(f'the list "{where}" in the json member has lists as its elements')
         return Choices(where, [resolve(item, path, read, vector=vector, at=at) for item in value], value)
     if at == len(path):

@@ -22,7 +22,7 @@ from vlpfast.data.modality import Draws
 from vlpfast.data.order import random_bits, uniform
 from vlpfast.data.pictures import DamagedBatch, DamagedSample
 from vlpfast.data.targets import Targets
-from vlpfast.data.templates import CAPTION, Path, Template, Tree, leaves, innermost, leaf, parse_template, resolve
+from vlpfast.data.templates import CAPTION, Path, Template, Tree, innermost, leaf, leaves, parse_template, resolve
 from vlpfast.types import Batch, DataSpec, TextSpec, Tokenizer, UserError
 
 _DRAW = 1 << 40  # far from what pictures, masks and orders draw; the lists' and texts' checksums count on from here
@@ -49,8 +49,9 @@ class _Written(NamedTuple):
 class Texts:
     """Every text and target that a DataSpec names, in the place of a modality (modality.Modality): inspect, submit, receive.
 
-    tokenizers: by name, "" the default. templates, answers: what TextSpec.templates and .answer are in samples of a source, by its
-    number, then by the text's name. Raises UserError for a specification that makes no sense, ValueError for a missing tokenizer.
+    tokenizers: by name, "" the default. templates, answers: what TextSpec.templates and .answer are in samples of a source, by
+    its number, then by the text's name. Raises UserError for a specification that makes no sense, ValueError for a missing
+    tokenizer.
     """
 
     def __init__(
@@ -295,8 +296,8 @@ class _Text:
                     if isinstance(part, int):  # a special token divides the text
                         texts.append("")
                     elif isinstance(part, tuple):
-                        leaves = leaves(info.fields[part])
-                        texts[-1] += self._cleaned(leaves[number % len(leaves)])
+                        values = leaves(info.fields[part])
+                        texts[-1] += self._cleaned(values[number % len(values)])
                     else:
                         texts[-1] += part
                 said += [text for text in texts if text.strip()]
