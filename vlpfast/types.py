@@ -435,7 +435,8 @@ class PreparesEpoch(Protocol):
 @runtime_checkable
 class HasModes(Protocol):
     def set_mode(self, mode: str) -> None:
-        """Switches to the objective set of a stage; raises ValueError naming the known modes."""
+        """Switches to the objective set of a stage, and by requires_grad to what is offered for training in it; raises ValueError
+        naming the known modes."""
         ...
 
 

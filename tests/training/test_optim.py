@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import multiprocessing
 import os
@@ -306,6 +307,29 @@ def test_warm_up_from_a_rate() -> None:
     assert rates(3, warmup_steps=2, warmup_lr=0.0, schedule="constant") == [0.0, 0.5, 1.0]
 
 
+def test_cosine_by_epoch_at_epochs_0_1_2() -> None:
+    settings = {"lr": 0.002, "schedule": "cosine_by_epoch", "warmup_epochs": 1, "warmup_lr": 1e-5}
+    train = TrainConfig(**settings)
+    expected = [1e-5] + [0.001 * (1 + math.cos(math.pi * (e - 1) / 50)) for e in range(1, 50)]
+    found = [learning_rate(step, 50 * 6, train, 6) for step in range(50 * 6)]
+    assert found == pytest.approx([rate for rate in expected for _ in range(6)])
+    assert found[0] == 1e-5 and found[6] == 0.002  # half a cosine over T epochs, of which T - 1 are left
+    half = TrainConfig(**settings, min_lr=0.001)
+    assert learning_rate(6 * 26, 300, half, 6) == pytest.approx(0.0015)
+    assert learning_rate(6, 7, train, 6) == 0.002  # the last epoch of two is cut short
+    assert rates(4, schedule="cosine_by_epoch") == pytest.approx([0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
+
+
+def test_a_run_goes_by_its_loaders_epochs(tmp_path: Path) -> None:
+    own = "{optimizer: sgd, lr: 0.1, schedule: cosine_by_epoch, warmup_epochs: 1, warmup_lr: 0.001, warmup_steps: 0}"
+    config = toy_config(tmp_path, f"stages={{a: {{steps: 3}}, b: {{steps: 12, train: {own}}}}}", "train.schedule=constant")
+    toy_trainer(config).fit()
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    cosine = [0.05 * (1 + math.cos(math.pi * e / 3)) for e in (0, 1)]  # of 3 epochs of 5 steps
+    assert [line["lr"] for line in lines[3:]] == pytest.approx([0.001] * 5 + [cosine[0]] * 5 + [cosine[1]] * 2)
+    assert lines[2]["lr"] == 0.01  # the first stage has the run's own
+
+
 def test_clipping_by_value_comes_after_the_norm() -> None:
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.grad = torch.tensor([[3.0, -4.0]])
@@ -349,6 +373,16 @@ def test_a_run_clips_by_value(tmp_path: Path) -> None:
             "stages.s.groups={x: {layer_decay: 0}}",
             "stages.s.groups.x.layer_decay: expected a number above 0 and at most 1, got 0",
         ),
+        ("train.warmup_epochs=1", "train.warmup_epochs belongs to train.schedule=cosine_by_epoch, got train.schedule=cosine"),
+        (
+            "train={schedule: cosine_by_epoch, warmup_epochs: 1, warmup_steps: 0}",
+            "train.warmup_lr: expected the rate of the first",
+        ),
+        ("train.schedule=cosine_by_epoch", "train.warmup_steps=3: train.schedule=cosine_by_epoch has train.warmup_epochs"),
+        ("stages.s.train={batch_size: 3}", "stages.s.train: batch_size is of the whole run; a stage may change optimizer"),
+        ("stages.s.train={lrr: 3}", "stages.s.train: unknown key 'lrr'; did you mean 'lr'"),
+        ("stages.s.train={lr: 0}", "stages.s.train.lr: expected a number above 0, got 0"),
+        ("stages.s.train={momentum: 1}", "stages.s, with its train: train.momentum: expected a number from 0 to below 1"),
         ("train.schedule=steps", "expected train.decay_at or train.decay_every, got neither"),
         ("train={optimizer: lion, optimizer_backend: apex}", "apex has adamw and lamb, got train.optimizer=lion"),
     ],

@@ -48,12 +48,27 @@ def test_patterns_that_match_nothing_are_errors(model: torch.nn.Module) -> None:
 
 
 def test_modes(model: torch.nn.Module) -> None:
-    set_mode(model, "s", Stage(mode="fit"))
+    assert set_mode(model, "s", Stage(mode="fit"), trained(model)) == trained(model)
     assert model.mode == "fit"
     with pytest.raises(UserError, match=r"stages.s.mode: mode: expected both or fit, got 'fti'"):
-        set_mode(model, "s", Stage(mode="fti"))
+        set_mode(model, "s", Stage(mode="fti"), trained(model))
     with pytest.raises(UserError, match="Linear has no modes"):
-        set_mode(torch.nn.Linear(1, 1), "s", Stage(mode="fit"))
+        set_mode(torch.nn.Linear(1, 1), "s", Stage(mode="fit"), [])
+
+
+def test_a_mode_may_offer_other_parameters(model: torch.nn.Module) -> None:
+    at_first = trained(model)
+    model.set_mode = lambda mode: [
+        p.requires_grad_((mode == "text") == name.startswith("text.")) for name, p in model.named_parameters()
+    ]
+    texts = set_mode(model, "a", Stage(mode="text"), at_first)
+    assert texts == {"text.weight", "text.bias"}
+    select_trainable(model, "a", Stage(frozen=["text.bias"]), texts)
+    assert set_mode(model, "b", Stage(), texts) == texts  # what stage a froze is offered again
+    others = set_mode(model, "c", Stage(mode="others"), texts)
+    assert others == {name for name, _ in model.named_parameters()} - texts
+    select_trainable(model, "c", Stage(), others)
+    assert trained(model) == others
 
 
 def test_loss_weights() -> None:

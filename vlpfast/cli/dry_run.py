@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlpfast.cli import assemble
 from vlpfast.evaluation.contact_sheet import batch_sheet
-from vlpfast.training.config import RunConfig, Stage
+from vlpfast.training.config import RunConfig, Stage, stage_train
 from vlpfast.training.estimate import as_text, memory, memory_table, parameter_table
 from vlpfast.training.flops_count import Speed, prefixed
 from vlpfast.training.parallel import Spread, World
@@ -88,7 +88,10 @@ def _stage(config: RunConfig, speed: Speed, batch: Batch, ranks: int, name: str,
     kept = "inputs of blocks alone" if train.activation_checkpointing else "all"
     parts = f", of {train.micro_batch} samples at a time" if 0 < train.micro_batch < samples else ""
     print(f"memory of a rank, at most (activations kept: {kept}{parts}; without temporaries, the allocator's and CUDA's own)")
-    print(as_text(memory_table(memory(speed, count, samples, train, name, stage, ranks)), left=1), end="\n\n")
+    print(
+        as_text(memory_table(memory(speed, count, samples, stage_train(config, name, stage), name, stage, ranks)), left=1),
+        end="\n\n",
+    )
 
 
 def _of_size(batch: Batch, samples: int, speed: Speed) -> Batch:

@@ -37,6 +37,7 @@ class Stage:
     losses: dict[str, float] = field(default_factory=dict)  # weight by loss name; a loss not named here has weight 1
     groups: dict[str, Group] = field(default_factory=dict)  # pattern -> group; the first that matches counts
     data: dict[str, Any] = field(default_factory=dict)  # what differs from the data section
+    train: dict[str, Any] = field(default_factory=dict)  # what differs from the train section, of STAGE_TRAIN
     init_from: str = ""  # weights to start this stage from: a run folder, a checkpoint or a .safetensors file
 
 
@@ -78,8 +79,10 @@ class TrainConfig:
     lr: float = 1e-3
     warmup_steps: int = 100  # linear
     warmup_lr: float | None = None  # where the warm-up starts; null: lr / warmup_steps
-    schedule: Literal["cosine", "linear", "polynomial", "steps", "constant"] = "cosine"  # after the warm-up
-    min_lr: float = 0.0  # where cosine, linear and polynomial end, and what steps do not fall below
+    # after the warm-up; cosine_by_epoch: one rate for each epoch, warmup_lr for the first warmup_epochs
+    schedule: Literal["cosine", "linear", "polynomial", "steps", "constant", "cosine_by_epoch"] = "cosine"
+    warmup_epochs: int = 0  # cosine_by_epoch, in place of warmup_steps
+    min_lr: float = 0.0  # where the cosines, linear and polynomial end, and what steps do not fall below
     power: float = 1.0  # polynomial: of the share of the way that is left
     cycle_steps: int = 0  # cosine: begin anew so often (warm restarts); 0: one cosine
     decay_at: list[float] = field(default_factory=list)  # steps: shares of the stage at which the rate falls: [0.67, 0.89]
@@ -220,6 +223,40 @@ def stage_data(config: RunConfig, name: str, stage: Stage) -> DataConfig:
     return _to_object(merged, f"stages.{name}.data")
 
 
+# What a stage may have of its own: the optimiser, its rates, the clipping of gradients.
+STAGE_TRAIN = (
+    "optimizer",
+    "optimizer_backend",
+    "lr",
+    "warmup_steps",
+    "warmup_lr",
+    "warmup_epochs",
+    "schedule",
+    "min_lr",
+    "power",
+    "cycle_steps",
+    "decay_at",
+    "decay_every",
+    "decay_factor",
+    "layer_decay",
+    "betas",
+    "eps",
+    "momentum",
+    "weight_decay",
+    "clip_grad_norm",
+    "clip_grad_value",
+)
+
+
+def stage_train(config: RunConfig, name: str, stage: Stage) -> TrainConfig:
+    """The train section as the stage changes it. UserError: a key that is not one of STAGE_TRAIN."""
+    merged = _merge(OmegaConf.structured(config.train), OmegaConf.create(stage.train), f"stages.{name}.train")
+    for key in stage.train:
+        if key not in STAGE_TRAIN:
+            raise UserError(f"stages.{name}.train: {key} is of the whole run; a stage may change {', '.join(STAGE_TRAIN)}")
+    return _to_object(merged, f"stages.{name}.train")
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain values in the shape of the file."""
     plain = json.loads(json.dumps(asdict(config)))
@@ -358,6 +395,7 @@ _NOT_NEGATIVE = {
         "micro_batch",
         "seed",
         "warmup_steps",
+        "warmup_epochs",
         "min_lr",
         "cycle_steps",
         "decay_every",
@@ -382,6 +420,10 @@ def _validate(config: RunConfig) -> None:
                 value = getattr(getattr(config, section), key)
                 if not fits(value):
                     raise UserError(f"{section}.{key}: expected {expected}, got {value}")
+        for name, stage in config.stages.items():
+            for key, value in stage.train.items():
+                if key in table["train"] and not fits(getattr(stage_train(config, name, stage), key)):
+                    raise UserError(f"stages.{name}.train.{key}: expected {expected}, got {value}")
     for name, stage in config.stages.items():
         if stage.steps is not None and stage.steps <= 0:
             raise UserError(f"stages.{name}.steps: expected a number above 0, got {stage.steps}")
@@ -393,8 +435,11 @@ def _validate(config: RunConfig) -> None:
     if not config.train.run_dir:
         raise UserError("train.run_dir: expected a folder, got an empty string")
     for name, stage in config.stage_list():
-        data = stage_data(config, name, stage)
-        _validate_data(data)
+        _validate_data(stage_data(config, name, stage))
+        try:
+            _validate_optimizer(stage_train(config, name, stage))
+        except UserError as error:
+            raise UserError(f"stages.{name}, with its train: {error}") from error
 
 
 def _validate_data(data: DataConfig) -> None:
@@ -435,9 +480,21 @@ def _validate_optimizer(train: TrainConfig) -> None:
         raise UserError(f"train.decay_at: expected growing shares of the stage between 0 and 1, got {train.decay_at}")
     # A key of another schedule would be ignored without a word.
     defaults = TrainConfig()
-    for key, schedule in (("power", "polynomial"), ("cycle_steps", "cosine"), ("decay_at", "steps"), ("decay_every", "steps")):
+    schedules = {
+        "power": "polynomial",
+        "cycle_steps": "cosine",
+        "decay_at": "steps",
+        "decay_every": "steps",
+        "warmup_epochs": "cosine_by_epoch",
+    }
+    for key, schedule in schedules.items():
         if getattr(train, key) != getattr(defaults, key) and train.schedule != schedule:
             raise UserError(f"train.{key} belongs to train.schedule={schedule}, got train.schedule={train.schedule}")
+    if train.schedule == "cosine_by_epoch":
+        if train.warmup_steps not in (0, defaults.warmup_steps):
+            raise UserError(f"train.warmup_steps={train.warmup_steps}: train.schedule=cosine_by_epoch has train.warmup_epochs")
+        if train.warmup_epochs and train.warmup_lr is None:
+            raise UserError("train.warmup_lr: expected the rate of the first train.warmup_epochs epochs, got null")
     if train.schedule == "steps" and not train.decay_at and not train.decay_every:
         raise UserError("train.schedule=steps: expected train.decay_at or train.decay_every, got neither")
     if train.optimizer_backend == "apex" and train.optimizer not in ("adamw", "lamb"):

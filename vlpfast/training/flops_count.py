@@ -214,7 +214,7 @@ class Speed:
         if self.skeleton is None:
             return None
         model = self.skeleton.model.train()
-        set_mode(model, name, stage)
+        self._offered = set_mode(model, name, stage, self._offered)
         select_trainable(model, name, stage, self._offered)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:

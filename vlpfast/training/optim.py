@@ -120,11 +120,19 @@ def _shared(name: str, tower: str) -> int:
     return count
 
 
-def learning_rate(step: int, steps: int, train: TrainConfig) -> float:
+def learning_rate(step: int, steps: int, train: TrainConfig, epoch_steps: int = 1) -> float:
     """The rate of step 0 .. steps - 1 of a stage: up in a line to train.lr over warmup_steps, then as train.schedule says.
 
+    epoch_steps: steps of an epoch, which the schedule cosine_by_epoch goes by: epoch e of T has warmup_lr for e < warmup_epochs,
+    else half of lr times 1 + cos(pi (e - warmup_epochs) / T), as CoOp's recipe (Zhou et al. 2022).
     A function of its arguments alone: a run that is given more steps follows the longer schedule from there on.
     """
+    if train.schedule == "cosine_by_epoch":
+        epoch = step // epoch_steps
+        if epoch < train.warmup_epochs and train.warmup_lr is not None:
+            return train.warmup_lr
+        left = 0.5 * (1 + math.cos(math.pi * (epoch - train.warmup_epochs) / math.ceil(steps / epoch_steps)))
+        return train.min_lr + (train.lr - train.min_lr) * left
     if step < train.warmup_steps:
         if train.warmup_lr is None:
             return train.lr * (step + 1) / train.warmup_steps

@@ -24,15 +24,20 @@ def check_patterns(key: str, patterns: Collection[str], model: nn.Module) -> Non
             raise UserError(f"{key}: pattern {pattern!r} matches no parameter; they are {shown}")
 
 
-def set_mode(model: nn.Module, name: str, stage: Stage) -> None:
+def set_mode(model: nn.Module, name: str, stage: Stage, offered: Collection[str]) -> Collection[str]:
+    """-> the parameters that the model offers for training from here on: those `offered` so far, unless its set_mode freezes some
+    of them or offers others by requires_grad. Without a mode all is as it was."""
     if not stage.mode:
-        return
+        return offered
     if not isinstance(model, HasModes):
         raise UserError(f"stages.{name}.mode: {type(model).__name__} has no modes, got {stage.mode!r}")
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in offered)
     try:
         model.set_mode(stage.mode)
     except ValueError as error:
         raise UserError(f"stages.{name}.mode: {error}") from error
+    return {parameter_name for parameter_name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def select_trainable(model: nn.Module, name: str, stage: Stage, offered: Collection[str]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlpfast.training import checkpoint, feature_cache
-from vlpfast.training.config import RunConfig, Stage, to_dict
+from vlpfast.training.config import RunConfig, Stage, stage_train, to_dict
 from vlpfast.training.ema import WeightAverage
 from vlpfast.training.flops_count import Speed
 from vlpfast.training.metrics import Display, JsonLines, TensorBoard, WeightsAndBiases
@@ -141,7 +141,7 @@ class Trainer:
         self._saved_step = start = self.position.step
         first = names.index(self.position.stage) if state else 0
         for name, stage in stages[:first]:  # a stage without a mode keeps that of the stage before
-            set_mode(self.model, name, stage)
+            self._offered = set_mode(self.model, name, stage, self._offered)
         steps = [self.config.stage_steps(stage) for _, stage in stages]
         self._total = start + sum(steps[first:]) - min(self.position.stage_step, steps[first])
 
@@ -186,10 +186,11 @@ class Trainer:
 
     def _run_stage(self, index: int, name: str, stage: Stage, state: dict[str, Any] | None, saved: Path | None) -> bool:
         """state, saved: the checkpoint to go on from, when it is of this stage."""
-        train, position = self.config.train, self.position
+        train, position = stage_train(self.config, name, stage), self.position
+        self._train = train
         steps = self.config.stage_steps(stage)
         self.model.train()
-        set_mode(self.model, name, stage)
+        self._offered = set_mode(self.model, name, stage, self._offered)
         select_trainable(self.model, name, stage, self._offered)
         if state is None:
             position.stage, position.stage_step = name, 0
@@ -239,6 +240,7 @@ class Trainer:
     def _steps(self, name: str, stage: Stage, steps: int, loader: Loader) -> None:
         train, position = self.config.train, self.position
         batches = iter(loader)
+        self._epoch_steps = len(loader)
         lag = 1 if self.device.type == "cuda" else 0
         mark = time.perf_counter()
         while position.stage_step < steps and not self._stopped:
@@ -285,14 +287,14 @@ class Trainer:
                 mark = time.perf_counter()
 
     def _step(self, batch: Batch, name: str, stage: Stage, progress: Progress) -> _Taken:
-        model, optimizer, train, spread = self.model, self._optimizer, self.config.train, self._spread
+        model, optimizer, train, spread = self.model, self._optimizer, self._train, self._spread
         marks = Marks(self.device)
         batch = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
             for key, value in batch.items()
         }
         marks.passed("transfer")
-        lr = learning_rate(progress.step, progress.steps, train)
+        lr = learning_rate(progress.step, progress.steps, train, self._epoch_steps)
         set_learning_rate(optimizer, lr)
         if isinstance(model, BeforeStep):
             model.before_step(progress)
