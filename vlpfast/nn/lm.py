@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlpfast.nn.lora import LoRALinear, is_adapter
 from vlpfast.ops.linear_cross_entropy import linear_cross_entropy
-from vlpfast.types import UserError
+from vlpfast.types import UserError, Vocabulary
 
 # name -> architecture of transformers and what differs from the defaults of its config
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -81,10 +81,8 @@ class LanguageModel(nn.Module):
         self.is_encoder_decoder: bool = about.is_encoder_decoder
         self.width: int = self.network.get_input_embeddings().embedding_dim
         self.vocab_size: int = self.network.get_input_embeddings().num_embeddings
-        eos = about.eos_token_id
-        self.eos_id: int = eos[0] if isinstance(eos, list) else eos
-        pad = getattr(about, "pad_token_id", None)
-        self.pad_id: int = self.eos_id if pad is None else pad
+        self.eos_id: int = _first(about.eos_token_id)
+        self.pad_id: int = about.pad_token_id
         self.start_id: int | None = getattr(about, "decoder_start_token_id", None)  # of a decoder
         if config.checkpointing:
             _checkpoint_blocks(self.network)
@@ -255,10 +253,20 @@ def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
     return total / torch.where(count > 0, count, 1)
 
 
-def _build(config: LMConfig) -> nn.Module:
-    """The network of transformers, with random weights or those of config.weights."""
+def vocabulary_of(config: LMConfig) -> Vocabulary:
+    """What the network asks of its tokenizer; a begin token it leaves to that."""
+    about = _described(config)
+    return Vocabulary(about.vocab_size, eos_id=_first(about.eos_token_id), pad_id=about.pad_token_id)
+
+
+def _first(ids: int | list[int]) -> int:
+    return ids[0] if isinstance(ids, list) else ids
+
+
+def _described(config: LMConfig) -> Any:
+    """The config of transformers. UserError: no such architecture, or settings that are not its."""
     try:
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import CONFIG_MAPPING
     except ImportError as error:
         raise UserError(f"language models need the packages of `pip install vlpfast[lm]`: {error}") from error
     architecture, settings = PRESETS.get(config.architecture, (config.architecture, {}))
@@ -279,19 +287,29 @@ def _build(config: LMConfig) -> nn.Module:
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(about, name, None) is not None:
             raise UserError(f"language.architecture: {architecture} changes its logits by {name}, which is not made here")
-    if about.is_encoder_decoder and getattr(about, "decoder_start_token_id", None) is None:
-        about.decoder_start_token_id = about.pad_token_id  # as T5 has it
     if getattr(about, "eos_token_id", None) is None:
         raise UserError(f"language.settings: {architecture} needs eos_token_id")
+    if getattr(about, "pad_token_id", None) is None:
+        about.pad_token_id = _first(about.eos_token_id)
+    if about.is_encoder_decoder and getattr(about, "decoder_start_token_id", None) is None:
+        about.decoder_start_token_id = about.pad_token_id  # as T5 has it
+    return about
+
+
+def _build(config: LMConfig) -> nn.Module:
+    """The network of transformers, with random weights or those of config.weights."""
+    about = _described(config)
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
     auto = AutoModelForSeq2SeqLM if about.is_encoder_decoder else AutoModelForCausalLM
     options = {"attn_implementation": "sdpa", "dtype": getattr(torch, config.dtype)}
-    untied = settings.get("tie_word_embeddings") is False
+    untied = (PRESETS.get(config.architecture, ("", {}))[1] | config.settings).get("tie_word_embeddings") is False
     if config.weights and torch.empty(0).device.type != "meta":
         return _load(auto, about, Path(config.weights).expanduser(), options, untied)
     try:
         network = auto.from_config(about, **options)
     except ValueError as error:
-        raise UserError(f"language.architecture: {architecture}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"language.architecture: {about.model_type}: {str(error).splitlines()[0]}") from error
     return _untie(network) if untied else network
 
 
