@@ -87,6 +87,12 @@ class BertCache:
                 context = context.take(context_rows)
             self.layers[i] = LayerCache(tokens, context)
 
+    def copy(self) -> BertCache:
+        """Another one of the same tensors, which goes its own way."""
+        found = BertCache()
+        found.layers, found.prefix = dict(self.layers), self.prefix
+        return found
+
     def of_context(self, rows: Tensor | None = None) -> BertCache:
         """A new one with the context alone, for another pass over it; rows [B'] int64: with these of its rows."""
         found = BertCache()

@@ -9,6 +9,7 @@ gradients is that of the whole batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from vlpfast.ops._checks import check_choice
 from vlpfast.ops._shards import Shards, cast_for_autocast, shards_of, wide
 from vlpfast.ops.contrastive._checks import check_scale
 from vlpfast.ops.maxsim._checks import check_sets, check_tokens
-from vlpfast.ops.maxsim.losses import filip_loss, maxsim_sigmoid_loss
+from vlpfast.ops.maxsim.losses import filip_loss, maxsim_sigmoid_loss, score_contrastive_loss
 from vlpfast.ops.maxsim.maxsim import STASH_BYTES, maxsim
 
 
@@ -71,6 +72,50 @@ def sharded_filip_loss(
     threshold = 40  # above it softplus is the identity: see clip_loss
     losses = F.softplus(rows_rest - rows[own], threshold=threshold) + F.softplus(cols_rest - cols[own], threshold=threshold)
     return losses.sum() / (2 * shards.total / len(shards.sizes))
+
+
+def sharded_query_loss(
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    *,
+    labels: Tensor | None = None,
+    label_smoothing: float | Tensor = 0.0,
+    group: dist.ProcessGroup | None = None,
+    sizes: Sequence[int] | None = None,
+    stash_bytes: int = STASH_BYTES,
+) -> Tensor:
+    """The contrast of a Q-Former's queries with one vector of each text, by the best query for it, of the whole batch.
+
+        s[m, n] = max over q of <x[m, q], y[n]>;  score_contrastive_loss(s, s, scale, ...)
+
+    The vectors y travel, then the scores, N numbers from each pair: every rank has them all, and the same loss, whose gradient
+    reaches all of x and y. (BLIP-2's code stops it at what comes from other ranks.)
+
+    Args:
+        x, y: this rank's queries [n, Q, D] and vectors [n, D], row i of one with row i of the other; n may differ between ranks.
+        labels: [n] int64; rows of equal labels, on whatever rank, belong together. None: row i to row i.
+        scale: see `score_contrastive_loss`. label_smoothing: likewise, a number or this rank's [n], one for each pair.
+        group, sizes: see `sharded_clip_loss`. stash_bytes: see `maxsim`.
+
+    Returns, Raises: see `sharded_clip_loss`.
+
+    Li et al. 2023, "BLIP-2: bootstrapping language-image pre-training with frozen image encoders and large language models".
+    """
+    check_tokens("x", x, None, None, "[M, Q, D]")
+    if y.ndim != 2 or len(y) != len(x):
+        raise ValueError(f"y: expected [{len(x)}, D] beside x, got {tuple(y.shape)}")
+    check_scale(scale, x)
+    x, y = cast_for_autocast(x, y)
+    shards = shards_of(y, labels is not None, group, sizes)
+    s = maxsim(x, shards.gather(wide(y))[:, None], directions="y_to_x", stash_bytes=stash_bytes)  # [n, N]
+    exact = replace(shards, dtype=s.dtype)
+    s = exact.gather(s)  # [N, N]
+    if isinstance(label_smoothing, Tensor):
+        label_smoothing = exact.gather(label_smoothing[:, None])[:, 0]
+    ids = shards.gather_ids(None if labels is None else (labels, labels))
+    both = None if ids is None else (ids[1], ids[1])
+    return score_contrastive_loss(s, s, scale, labels=both, label_smoothing=label_smoothing)
 
 
 def sharded_maxsim_sigmoid_loss(
