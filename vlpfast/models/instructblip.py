@@ -271,3 +271,10 @@ class InstructBLIP(nn.Module):
 
     def _read(self, batch: Batch) -> Reading:
         return self.language.read(self.visual_tokens(batch), batch["text"], batch["text_mask"], batch.get("text_labels"))
+
+    def convert(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights under the names of LAVIS (both stages of BLIP-2, InstructBLIP) or of transformers -> under this model's; see
+        instructblip_convert.convert_any."""
+        from vlpfast.models.instructblip_convert import convert_any
+
+        return convert_any(state_dict, self)
