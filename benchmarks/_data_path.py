@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from vlpfast.cli.assemble import captions
 from vlpfast.data import ShardSet, emojiworld, make_loader, train_tokenizer
 from vlpfast.data.order import epoch_order
 from vlpfast.data.pictures import decode_rgb, picture_size
@@ -66,7 +65,8 @@ def measure(
     splits = {"train": replace(emojiworld.default_splits(scenes, 16)["train"])}
     folder = cache / f"emojiworld-bench-{scenes}-{size}"
     patterns = [emojiworld.build(folder, world, splits, workers=threads)["train"]]
-    tokenizer = train_tokenizer(captions(patterns), 1024)
+    shards = ShardSet(patterns)
+    tokenizer = train_tokenizer((text.tobytes().decode() for text in shards.read(range(len(shards)), ("txt",))), 1024)
     epochs = -(-(batches + 2) * batch_size // scenes) + 1
 
     def ways(name: str) -> Iterator[Batch]:

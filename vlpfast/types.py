@@ -172,6 +172,7 @@ class ImageSpec:
     masks: str = ""  # JSON field of their masks, in the same order: run lengths as data/emojiworld/rle.py describes
     max_boxes: int = 32  # a picture with more is left out
     min_visible: float = 0.1  # a box counts while this share of its area is in view
+    pictures: int = 1  # of each sample: the members 0.jpg, 1.jpg, ..., each seen for itself: Batch["image"] [B, pictures, ...]
 
 
 @dataclass

@@ -116,8 +116,8 @@ def test_emojiworld_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     model = assemble.build_model(loaded)
     load_weights(run, model)
-    tokenizer = assemble.build_tokenizer(loaded, sources, run)
-    assert {"step": 6, **assemble.evaluate(loaded, model, tokenizer, sources, choose_device("cpu")).metrics} == result
+    tokenizers = assemble.build_tokenizers(loaded, sources.train, run)
+    assert {"step": 6, **assemble.evaluate(loaded, model, tokenizers, sources, choose_device("cpu")).metrics} == result
 
 
 def test_killed_and_started_again(shards: Path, tmp_path: Path) -> None:
@@ -203,8 +203,11 @@ def test_mistakes_in_the_settings(tmp_path: Path, override: str, message: str) -
         (["data.train=['{folder}/cut.tar']"], "cut.tar"),
         (["train.batch_size=500"], "40 samples in 2 shards are fewer than one global batch of 500"),
         (["data.tokenizer={folder}/none.json"], "there is no file .*none.json"),
-        (["model.text.eos_id=7"], "model.text.eos_id: expected 2, the tokenizer's, got 7"),
-        (["model.text.vocab_size=100"], "model.text.vocab_size: expected at least 259"),
+        (["model.text.eos_id=7"], "data.tokenizer: expected the eos_id 2, the tokenizer's, the model clip has 7"),
+        (
+            ["model.text.vocab_size=100"],
+            "data.tokenizer: none is given, and none can be trained: vocab_size: expected at least 259",
+        ),
         (["stages.a.init_from={folder}/none.safetensors"], "none.safetensors: no such file or folder"),
     ],
 )
@@ -221,7 +224,8 @@ def test_tokenizer_that_does_not_fit(shards: Path, tmp_path: Path) -> None:
     assert train(tmp_path / "run", *of(shards), "train.steps=1") == 0
     tokenizer = f"data.tokenizer={tmp_path / 'run' / 'tokenizer.json'}"
     with pytest.raises(
-        UserError, match=r"model.text.vocab_size: expected at least \d+, as many as the tokenizer has ids, got 200"
+        UserError,
+        match=r"data.tokenizer: expected a vocab_size of at least \d+, as many as the tokenizer has ids, the model clip has 200",
     ):
         train(tmp_path / "other", *of(shards), tokenizer, "model.text.vocab_size=200")
     assert train(tmp_path / "other", *of(shards), tokenizer, "train.steps=1") == 0

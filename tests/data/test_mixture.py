@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vlpfast.cli import assemble
-from vlpfast.data import ShardWriter, make_loader
+from vlpfast.cli import assemble, tokenizers
+from vlpfast.data import ShardWriter, make_loader, train_tokenizer
 from vlpfast.data import position as positions
 from vlpfast.data.mixture import Mixture
 from vlpfast.data.order import Remainder, epoch_order, gaps
@@ -470,7 +470,8 @@ def test_a_mixture_is_opened_as_configured(sources):
     config = replace(config, model=replace(config.model, config=replace(config.model.config, data=TEXT)))
     found = assemble.prepare_data(config)
     assert found.train == {name: [pattern] for name, pattern in sources.items()}
-    assert len(list(assemble.captions(found.train))) == 84
+    byte_level = train_tokenizer([], 259)
+    assert list(tokenizers.texts_said(config, "", byte_level, found.train)) == ["caption"] * 84
     for world_size, name, pure in ((1, "one", False), (3, "one", False), (3, "two", True)):
         stage = config.stages.get(name, Stage())
         worlds = [World(rank, world_size) for rank in range(world_size)]

@@ -399,7 +399,7 @@ def test_tokenizers_by_name(tokenizer):
         assert torch.equal(fields[name], of.encode(["A red dog."], 20)[0])
     with pytest.raises(ValueError, match="tokenizer: the text 'b' is written with 'other', there is ''"):
         Texts(spec, {"": tokenizer})
-    with pytest.raises(UserError, match="a.mask: the tokenizer '' has no mask token"):
+    with pytest.raises(UserError, match=r"a\.mask: the tokenizer '' has no mask token"):
         Texts(DataSpec(None, None, texts={"a": TextSpec(20, mask=MaskSpec())}), {"": other})
 
     class Least:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from vlpfast import models
-from vlpfast.data import ShardSet, load_tokenizer, make_loader, train_tokenizer
+from vlpfast.cli.tokenizers import build_tokenizers, load_tokenizers
+from vlpfast.data import ShardSet, make_loader
+from vlpfast.data.few_shot import few_shot_indices, split_classes
+from vlpfast.data.loader import read_records
 from vlpfast.data.mixture import expand_sources
 from vlpfast.data.shards import expand
+from vlpfast.data.subset import Subset
+from vlpfast.data.targets import read_classes
 from vlpfast.evaluation.contact_sheet import Classified, Pairs
 from vlpfast.evaluation.features import encode_images, encode_pairs
 from vlpfast.evaluation.retrieval import retrieval
@@ -28,10 +33,9 @@ from vlpfast.training import config as settings
 from vlpfast.training.config import DataConfig, RunConfig, Stage
 from vlpfast.training.parallel import World
 from vlpfast.training.rng import seed_everything
-from vlpfast.training.run_folder import has_begun
-from vlpfast.types import DataSpec, Loader, Tokenizer, UserError
+from vlpfast.types import DataSpec, Loader, TakesClasses, TargetSpec, Tokenizer, UserError
 
-TOKENIZER_CAPTIONS = 1_000_000  # a vocabulary learns nothing from more
+__all__ = ["build_tokenizers", "load_tokenizers"]  # beside what is here
 
 
 @dataclass
@@ -42,6 +46,8 @@ class ClassSource:
     names: list[str]  # [K]
     templates: list[str]
     label_field: str
+    first: int = 0  # the number that the JSON gives to the first of the names
+    subset: np.ndarray | None = None  # the samples of these classes; None: all
 
 
 @dataclass
@@ -51,6 +57,7 @@ class Sources:
     train: list[str] | dict[str, list[str]]  # by source, where there are several
     heldout: list[str]
     classes: ClassSource | None
+    class_names: list[str] | None = None  # [K] before data.classes divides them; None: nobody has named the classes
 
 
 @dataclass
@@ -80,37 +87,54 @@ def prepare_data(config: RunConfig, data: DataConfig | None = None) -> Sources:
     data: the data section to follow, when it is not the configuration's own (a stage may change it).
     """
     data = data or config.data
-    if data.source == "emojiworld":
-        return _emojiworld(config, data)
+    sources = _emojiworld(config, data) if data.source == "emojiworld" else _own_shards(config, data)
+    if (classes := sources.classes) is not None and data.classes != "all":
+        target = TargetSpec(classes.label_field, classes=classes.names)
+        target, classes.subset = _divided(replace(data, shots=0), target, classes.patterns, config.train.seed)
+        classes.names, classes.first = target.classes, target.first
+    return sources
+
+
+def _own_shards(config: RunConfig, data: DataConfig) -> Sources:
     train: list[str] | dict[str, list[str]] = data.train
     if data.mixture:
         train = {name: source.shards for name, source in data.mixture.items()}
         expand_sources(train)
     else:
         expand(train)
+    names = _class_names(config.evaluation.class_names) if config.evaluation.class_names else None
     classes = None
     if data.heldout:
         expand(data.heldout)
-        if config.evaluation.zero_shot and config.evaluation.class_names:
-            names = _class_names(config.evaluation.class_names)
+        if config.evaluation.zero_shot and names:
             classes = ClassSource(data.heldout, names, config.evaluation.templates, config.evaluation.label_field)
-    return Sources(train, data.heldout, classes)
+    return Sources(train, data.heldout, classes, names)
 
 
 def open_loader(
-    config: RunConfig, sources: Sources, tokenizer: Tokenizer | None, world: World, name: str, stage: Stage
+    config: RunConfig,
+    sources: Sources,
+    tokenizers: Tokenizer | Mapping[str, Tokenizer] | None,
+    world: World,
+    name: str,
+    stage: Stage,
 ) -> Loader:
     """The training batches of a stage for one rank."""
     data = settings.stage_data(config, name, stage)
-    patterns = sources.train if data == config.data else prepare_data(config, data).train
+    sources = sources if data == config.data else prepare_data(config, data)
+    weights = {name: source.weight for name, source in data.mixture.items() if source.weight is not None}
+    spec, subset = loader_spec(config, data, sources)
     return make_loader(
-        patterns,
-        data_spec(config),
-        tokenizer,
+        sources.train,
+        spec,
+        tokenizers,
         world.share(config.train.batch_size),
         train=True,
-        weights={name: source.weight for name, source in data.mixture.items() if source.weight is not None},
+        weights="sqrt" if data.weights == "sqrt" else weights,
         pure_batches=data.pure_batches,
+        templates={name: source.templates for name, source in data.mixture.items() if source.templates},
+        answers={name: source.answers for name, source in data.mixture.items() if source.answers},
+        subset=subset,
         seed=config.train.seed,
         rank=world.rank,
         world_size=world.size,
@@ -122,56 +146,62 @@ def open_loader(
     )
 
 
+def give_classes(config: RunConfig, model: nn.Module, tokenizers: Mapping[str, Tokenizer], sources: Sources) -> None:
+    """Tells a model that works on class names those of the last stage's data. UserError: nobody has named them."""
+    if not isinstance(model, TakesClasses):
+        return
+    data = settings.stage_data(config, *config.stage_list()[-1])
+    sources = sources if data == config.data else prepare_data(config, data)
+    target = data_spec(config).targets.get("label", TargetSpec())
+    names = target.classes or sources.class_names
+    if not names:
+        raise UserError(f"evaluation.class_names: expected a file of the classes that {config.model.name} works on, got none")
+    model.set_classes(names if data.classes == "all" else split_classes(names, data.classes), tokenizers[""])
+
+
 def data_spec(config: RunConfig) -> DataSpec:
     return config.model.config.data
 
 
-def build_tokenizer(config: RunConfig, sources: Sources, run_dir: Path, first: bool = True) -> Tokenizer | None:
-    """The run's tokenizer, kept as run_dir/tokenizer.json: data.tokenizer, or one trained on the training captions.
-
-    first: False reads what another process has kept. None for a model without text. UserError: its ids do not fit the model.
-    """
-    if data_spec(config).text is None:
-        return None
-    text, kept = config.model.config.text, run_dir / "tokenizer.json"
-    if not first or (has_begun(run_dir) and kept.exists()):
-        tokenizer = load_tokenizer(kept)
-    else:
-        if config.data.tokenizer:
-            tokenizer = load_tokenizer(config.data.tokenizer)
-        else:
-            print("training the tokenizer on the captions", file=sys.stderr)
-            try:
-                tokenizer = train_tokenizer(captions(sources.train), text.vocab_size)
-            except ValueError as error:
-                raise UserError(f"model.text.{error}") from error
-        tokenizer.save(str(kept))
-    if tokenizer.vocab_size > text.vocab_size:
-        ids = f"{tokenizer.vocab_size}, as many as the tokenizer has ids"
-        raise UserError(f"model.text.vocab_size: expected at least {ids}, got {text.vocab_size}")
-    if tokenizer.eos_id != text.eos_id:
-        raise UserError(f"model.text.eos_id: expected {tokenizer.eos_id}, the tokenizer's, got {text.eos_id}")
-    return tokenizer
+def loader_spec(config: RunConfig, data: DataConfig, sources: Sources) -> tuple[DataSpec, np.ndarray | None]:
+    """The model's DataSpec, where targets without names of their own have the classes', and which of the training samples
+    data.shots and data.classes leave; None: all. The target "label" counts the classes that are left."""
+    spec = data_spec(config)
+    targets = {
+        name: replace(target, classes=target.classes or sources.class_names or []) if target.kind == "class" else target
+        for name, target in spec.targets.items()
+    }
+    label = targets.get("label", TargetSpec(config.evaluation.label_field, classes=sources.class_names or []))
+    divided, subset = _divided(data, label, sources.train, config.train.seed)
+    return replace(spec, targets={name: divided if name == "label" else target for name, target in targets.items()}), subset
 
 
-def captions(patterns: list[str] | dict[str, list[str]]) -> Iterator[str]:
-    """The captions of the shards in order, at most TOKENIZER_CAPTIONS of them, evenly spread. Unreadable ones are passed over."""
-    shards = ShardSet(patterns if isinstance(patterns, list) else [pattern for named in patterns.values() for pattern in named])
-    chosen = np.linspace(0, len(shards), min(len(shards), TOKENIZER_CAPTIONS), endpoint=False).astype(np.int64)
-    for chunk in np.array_split(chosen, max(1, len(chosen) // 4096)):
-        for text, record in zip(shards.read(chunk, ("txt",)), shards.read(chunk, ("json",)), strict=True):
-            try:
-                caption = text.tobytes().decode() if text is not None else json.loads(record.tobytes())["caption"]
-            except (UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError):
-                continue
-            if isinstance(caption, str):
-                yield caption
+def _divided(
+    data: DataConfig, target: TargetSpec, patterns: list[str] | dict[str, list[str]], seed: int
+) -> tuple[TargetSpec, np.ndarray | None]:
+    """The target with the classes that data.classes leaves, and the samples that it and data.shots leave."""
+    if data.classes == "all" and not data.shots:
+        return target, None
+    shards = ShardSet(
+        [path for named in expand_sources(patterns).values() for path in named] if isinstance(patterns, dict) else patterns
+    )
+    chunks = np.array_split(np.arange(len(shards)), max(1, len(shards) // 4096))
+    labels = np.concatenate([read_classes(target, read_records(shards, chunk)) for chunk in chunks])  # [N], -1: damaged
+    count = len(target.classes) or int(labels.max()) + 1
+    half = len(split_classes(range(count), "base"))
+    low, high = {"all": (0, count), "base": (0, half), "new": (half, count)}[data.classes]
+    kept = np.flatnonzero((labels >= low) & (labels < high))
+    if not len(kept):
+        raise UserError(f'data.classes={data.classes}: no sample has one of these classes under "{target.key}" in its JSON')
+    if data.shots:
+        kept = kept[few_shot_indices(labels[kept], data.shots, seed)]
+    return replace(target, classes=target.classes[low:high], first=target.first + low), kept
 
 
 def evaluate(
     config: RunConfig,
     model: nn.Module,
-    tokenizer: Tokenizer,
+    tokenizers: Mapping[str, Tokenizer],
     sources: Sources,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
@@ -187,11 +217,14 @@ def evaluate(
     if not sources.heldout:
         raise UserError("data.heldout: nothing to evaluate, expected patterns of tar files")
 
-    def loader(patterns: list[str], with_meta: bool) -> Loader:
+    text = data_spec(config).text
+
+    def loader(patterns: list[str], with_meta: bool, subset: np.ndarray | None = None) -> Loader:
         data, size = config.data, config.evaluation.batch_size
         options = {"backend": data.loader, "device": device, "threads": data.threads, "with_meta": with_meta}
         options |= {"rank": rank, "world_size": ranks}
-        return make_loader(patterns, data_spec(config), tokenizer, size, train=False, **options)
+        spec, _ = loader_spec(config, replace(data, shots=0, classes="all"), sources)
+        return make_loader(patterns, spec, tokenizers, size, train=False, subset=subset, **options)
 
     batches = loader(sources.heldout, False)
     try:
@@ -202,17 +235,18 @@ def evaluate(
     evaluation = Evaluation(dict(ranked.metrics), Pairs(features, ranked, ShardSet(sources.heldout)), None)
     classes = sources.classes
     if classes is not None:
-        batches = loader(classes.patterns, True)
+        batches = loader(classes.patterns, True, classes.subset)
         try:
             features = encode_images(model, batches, device, progress, ranks)
         finally:
             batches.close()
         labels = [_label(record, classes, key) for record, key in zip(features.meta, features.keys, strict=True)]
-        length = data_spec(config).text.context_length
-        embedded = class_embeddings(model, tokenizer, classes.names, classes.templates, length, device)
+        tokenizer = tokenizers[text.tokenizer]
+        embedded = class_embeddings(model, tokenizer, classes.names, classes.templates, text.context_length, device)
         result = zero_shot(features.image, labels, embedded, classes.names)
         evaluation.metrics |= result.metrics
-        evaluation.classified = Classified(features, result, ShardSet(classes.patterns))
+        shards = ShardSet(classes.patterns)
+        evaluation.classified = Classified(features, result, shards if classes.subset is None else Subset(shards, classes.subset))
     return evaluation
 
 
@@ -232,11 +266,11 @@ def _emojiworld(config: RunConfig, data: DataConfig) -> Sources:
     patterns = emojiworld.build(
         folder, world, splits, workers=data.threads, progress=_say_progress(f"making emojiworld in {folder}")
     )
+    names = emojiworld.class_names(world)
     classes = None
     if config.evaluation.zero_shot:
-        names, templates = emojiworld.class_names(world), emojiworld.templates(world.language)
-        classes = ClassSource([patterns["heldout_single"]], names, templates, "label")
-    return Sources([patterns["train"]], [patterns["heldout"]], classes)
+        classes = ClassSource([patterns["heldout_single"]], names, emojiworld.templates(world.language), "label")
+    return Sources([patterns["train"]], [patterns["heldout"]], classes, names)
 
 
 def _say_progress(title: str) -> Callable[[int, int], None]:
@@ -265,9 +299,10 @@ def _label(record: dict[str, Any], classes: ClassSource, key: str) -> int:
     value = record.get(classes.label_field)
     if isinstance(value, str) and value in classes.names:
         return classes.names.index(value)
-    if isinstance(value, int) and 0 <= value < len(classes.names):
-        return value
+    if isinstance(value, int) and 0 <= value - classes.first < len(classes.names):
+        return value - classes.first
     raise UserError(
         f"evaluation.label_field: sample {key} has {classes.label_field!r}: {value!r} in its JSON; "
-        f"expected one of the {len(classes.names)} class names, or a number from 0 to {len(classes.names) - 1}"
+        f"expected one of the {len(classes.names)} class names, or a number from {classes.first} to "
+        f"{classes.first + len(classes.names) - 1}"
     )

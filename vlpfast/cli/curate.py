@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,7 @@ def _scores(arguments: argparse.Namespace, progress) -> tuple[np.ndarray, dict[i
 
     from vlpfast.cli import assemble
     from vlpfast.cli.eval import find_checkpoint
-    from vlpfast.data import ShardSet, load_tokenizer, make_loader
+    from vlpfast.data import ShardSet, make_loader
     from vlpfast.evaluation.features import evaluating, require
     from vlpfast.training import checkpoint
     from vlpfast.training.precision import choose_device
@@ -149,8 +150,8 @@ def _scores(arguments: argparse.Namespace, progress) -> tuple[np.ndarray, dict[i
     shards = ShardSet(arguments.patterns, threads=arguments.threads)
     loader = make_loader(
         arguments.patterns,
-        spec,
-        load_tokenizer(arguments.run_dir / "tokenizer.json"),
+        replace(spec, texts={}, targets={}),
+        assemble.load_tokenizers(config, arguments.run_dir),
         arguments.batch_size,
         train=False,
         backend=config.data.loader,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from vlpfast.training.estimate import as_text, memory, memory_table, parameter_t
 from vlpfast.training.flops_count import Speed, prefixed
 from vlpfast.training.parallel import Spread, World
 from vlpfast.training.precision import autocast_dtype, choose_device
-from vlpfast.types import Batch, Progress, UserError
+from vlpfast.types import Batch, Progress, Tokenizer, UserError
 
 LOADED = 64  # samples of the first batch that are read at most; a larger one is counted by its shapes
 
@@ -34,23 +34,24 @@ def dry_run(config: RunConfig) -> None:
     World(0, ranks).share(config.train.batch_size)
     sources = assemble.prepare_data(config)
     with tempfile.TemporaryDirectory(prefix="vlpfast-dry-run-") as folder:
-        tokenizer = assemble.build_tokenizer(config, sources, Path(folder))
+        tokenizers = assemble.build_tokenizers(config, sources.train, Path(folder))
     model = assemble.build_model(config)
+    assemble.give_classes(config, model, tokenizers, sources)
     speed = Speed(model, world.device, autocast_dtype(config.train.precision, world.device))
     for number, (name, stage) in enumerate(config.stage_list()):
-        with _first_batch(config, sources, tokenizer, world, name, stage) as batch:
+        with _first_batch(config, sources, tokenizers, world, name, stage) as batch:
             if number == 0:
-                _write_sheet(batch, config, tokenizer)
+                _write_sheet(batch, config, tokenizers)
             _stage(config, speed, batch, ranks, name, stage)
 
 
 @contextmanager
 def _first_batch(
-    config: RunConfig, sources: assemble.Sources, tokenizer: object, world: World, name: str, stage: Stage
+    config: RunConfig, sources: assemble.Sources, tokenizers: Mapping[str, Tokenizer], world: World, name: str, stage: Stage
 ) -> Iterator[Batch]:
     wanted = config.train.batch_size
     small = replace(config, train=replace(config.train, batch_size=min(wanted, LOADED)))
-    loader = assemble.open_loader(small, sources, tokenizer, world, name, stage)
+    loader = assemble.open_loader(small, sources, tokenizers, world, name, stage)
     try:
         if len(loader) * small.train.batch_size + small.train.batch_size <= wanted:
             raise UserError(f"train.batch_size: expected no more than the samples of stage {name}, got {wanted}")
@@ -59,10 +60,11 @@ def _first_batch(
         loader.close()
 
 
-def _write_sheet(batch: Batch, config: RunConfig, tokenizer: object) -> None:
+def _write_sheet(batch: Batch, config: RunConfig, tokenizers: Mapping[str, Tokenizer]) -> None:
+    spec = assemble.data_spec(config)
     handle, path = tempfile.mkstemp(prefix="vlpfast-first-batch-", suffix=".png")
     with os.fdopen(handle, "wb") as file:
-        file.write(batch_sheet(batch, assemble.data_spec(config), tokenizer))
+        file.write(batch_sheet(batch, spec, tokenizers[spec.text.tokenizer] if spec.text is not None else None))
     print(f"the first batch: {path}\n")
 
 
@@ -95,12 +97,13 @@ def _stage(config: RunConfig, speed: Speed, batch: Batch, ranks: int, name: str,
 
 
 def _of_size(batch: Batch, samples: int, speed: Speed) -> Batch:
-    """Shapes of so many samples."""
+    """Shapes of so many samples, with as many rows for each as here (TextSpec.every)."""
     if speed.skeleton is None:
         return batch
+    loaded = len(batch["index"])
     with speed.skeleton.fake:
         return {
-            key: torch.empty((samples, *value.shape[1:]), dtype=value.dtype, device=value.device)
+            key: torch.empty((len(value) * samples // loaded, *value.shape[1:]), dtype=value.dtype, device=value.device)
             if isinstance(value, Tensor)
             else (list(value) * (-(-samples // len(value))))[:samples]
             for key, value in batch.items()

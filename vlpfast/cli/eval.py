@@ -54,7 +54,6 @@ def main(argv: list[str]) -> int:
 
     # Here, because they take a while to load: --help should not wait for them.
     from vlpfast.cli import assemble
-    from vlpfast.data import load_tokenizer
     from vlpfast.evaluation.report import write_report
     from vlpfast.training import checkpoint, run_folder
     from vlpfast.training.precision import choose_device
@@ -68,13 +67,13 @@ def main(argv: list[str]) -> int:
     device = choose_device(arguments.device)
     step, chosen = find_checkpoint(run_dir / "checkpoints", arguments.checkpoint)
     sources = assemble.prepare_data(config, _evaluation_data(config, arguments.shards))
-    tokenizer = load_tokenizer(run_dir / "tokenizer.json") if assemble.data_spec(config).text is not None else None
+    tokenizers = assemble.load_tokenizers(config, run_dir)
     model = assemble.build_model(config)
     checkpoint.load_weights(chosen, model)
     model.to(device)
 
     print(f"evaluating the checkpoint of step {step} on {device}", file=sys.stderr)
-    evaluation = assemble.evaluate(config, model, tokenizer, sources, device, _say_batch if sys.stderr.isatty() else None)
+    evaluation = assemble.evaluate(config, model, tokenizers, sources, device, _say_batch if sys.stderr.isatty() else None)
     result: dict[str, Any] = {"step": step, **evaluation.metrics}
     if arguments.shards:
         result["shards"] = arguments.shards

@@ -86,13 +86,15 @@ def main(argv: list[str]) -> int:
         )
     with joined(config.train) as world, run_folder.opened(config) as run_dir, ExitStack() as stack:
         sources = world.in_turn(lambda: assemble.prepare_data(config))
-        tokenizer = world.in_turn(lambda: assemble.build_tokenizer(config, sources, run_dir, world.is_first))
+        tokenizers = world.in_turn(lambda: assemble.build_tokenizers(config, sources.train, run_dir, world.is_first))
         model = assemble.build_model(config)
+        assemble.give_classes(config, model, tokenizers, sources)
         last = assemble.Evaluation({}, None, None)
 
         def on_evaluate(step: int) -> dict[str, float]:
             nonlocal last
-            last = assemble.evaluate(config, model, tokenizer, sources, world.device, rank=world.rank, ranks=world.size)
+            last = assemble.evaluate(config, model, tokenizers, sources, world.device, rank=world.rank, ranks=world.size)
+            assemble.give_classes(config, model, tokenizers, sources)  # evaluation may have others
             return last.metrics
 
         profiler = None
@@ -107,7 +109,7 @@ def main(argv: list[str]) -> int:
         trainer = Trainer(
             config,
             model,
-            partial(assemble.open_loader, config, sources, tokenizer, world),
+            partial(assemble.open_loader, config, sources, tokenizers, world),
             world,
             on_evaluate if sources.heldout else None,
             profiler,

@@ -412,7 +412,7 @@ class ShardLoader:
                 # Found before this run was resumed, perhaps by other draws.
                 if (name := self._shards.name(index)) in self.skipped:
                     raise DamagedSample(self.skipped[name])
-                record = _parse_json(records.get(place))
+                record = parse_json(records.get(place))
                 infos = {name: modality.inspect(contents[name], record) for name, modality in modalities.items()}
                 said = self._texts.inspect(captions[place], record, int(sources[place]))
             except DamagedSample as error:
@@ -430,7 +430,8 @@ class ShardLoader:
         return plan
 
 
-def _parse_json(content: np.ndarray | None) -> dict[str, Any]:
+def parse_json(content: np.ndarray | None) -> dict[str, Any]:
+    """The member json of a sample, {} for None. Raises DamagedSample."""
     if content is None:
         return {}
     try:
@@ -447,7 +448,7 @@ def read_records(shards: ShardSet, indices: Sequence[int] | np.ndarray) -> list[
     records = []
     for content in shards.read(indices, ("json",)):
         try:
-            records.append(_parse_json(content))
+            records.append(parse_json(content))
         except DamagedSample:
             records.append({})
     return records

@@ -46,7 +46,11 @@ class Source:
     """One of several sources of training samples."""
 
     shards: list[str] = field(default_factory=list)  # patterns of tar files
-    weight: float | None = None  # share of the samples, of any sum; null, in all sources: in proportion to their sizes
+    weight: float | None = None  # share of the samples, of any sum; null, in all sources: as data.weights says
+    templates: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # by text, in place of the model's: {question: ["{qa.question}"]}
+    answers: dict[str, list[str]] = field(default_factory=dict)  # likewise what its prompts are answered with
 
 
 @dataclass
@@ -54,13 +58,17 @@ class DataConfig:
     source: Literal["emojiworld", "shards"] = "emojiworld"  # the embedded data, or WebDataset shards of your own
     train: list[str] = field(default_factory=list)  # shards: patterns of tar files, e.g. "data/cc3m-{000..331}.tar"
     mixture: dict[str, Source] = field(default_factory=dict)  # shards: several sources by name, in place of train
+    weights: Literal["size", "sqrt"] = "size"  # mixture: shares go by the sources' sizes, or by the square roots of these
     pure_batches: bool = False  # mixture: every batch, over all processes, is of one source
     heldout: list[str] = field(default_factory=list)  # shards: the same for evaluation; empty: no evaluation
     num_scenes: int = 20_000  # emojiworld: training pictures
     num_heldout: int = 1_000  # emojiworld: held-out pictures of two objects (retrieval), and as many of one (zero-shot)
     world: dict[str, Any] = field(default_factory=dict)  # emojiworld: options of its World (seed, size, language, ...)
     cache_dir: str = ".cache/vlpfast"  # emojiworld: where the shards are kept
-    tokenizer: str = ""  # a Hugging Face tokenizer.json or its folder; "": train one on the training captions
+    shots: int = 0  # training samples of each class (the target "label", or evaluation.label_field), drawn by train.seed; 0: all
+    classes: Literal["all", "base", "new"] = "all"  # only the first half of the classes, the larger one; or only the others
+    tokenizer: str = ""  # a Hugging Face tokenizer.json or its folder; "": train one on the training texts
+    tokenizers: dict[str, str] = field(default_factory=dict)  # the same for each further one that the model has, by name
     loader: Literal["auto", "dali", "plain"] = "auto"
     threads: int = 2
     ahead: int = 2  # batches that are ready before they are asked for, and decoded behind those; 1 where a batch is large
@@ -406,6 +414,7 @@ _NOT_NEGATIVE = {
         "max_nonfinite",
         "tensorboard_every",
     ],
+    "data": ["shots"],
     "evaluation": ["every"],
 }
 
@@ -451,6 +460,12 @@ def _validate_data(data: DataConfig) -> None:
         raise UserError("data.train and data.mixture: expected one of them, got both")
     if data.pure_batches and not data.mixture:
         raise UserError("data.pure_batches: batches of one source each need data.mixture, which is empty")
+    if data.shots < 0:  # of a stage
+        raise UserError(f"data.shots: expected 0 or more, got {data.shots}")
+    weighted = [name for name, source in data.mixture.items() if source.weight is not None]
+    if data.weights != "size" and (weighted or not data.mixture):
+        why = f"data.mixture.{weighted[0]} has a weight of its own" if weighted else "data.mixture is empty"
+        raise UserError(f"data.weights={data.weights}: {why}")
     for name, source in data.mixture.items():
         if not source.shards:
             others = [other for other in data.mixture if other != name]
