@@ -21,7 +21,8 @@ class PeerError(UserError):
 class Batch(TypedDict, total=False):
     """One batch, as every loader yields it and every model's forward takes it. Fields a model does not ask for are absent."""
 
-    image: Tensor  # [B, 3, S, S] float32, normalised with the DataSpec's mean and std; [B, V, 3, S, S] of several views
+    image: Tensor  # [B, 3, S, S] float32, normalised with the DataSpec's mean and std; [B, V, 3, S, S] of several views. Of
+    #                several pictures a sample (ImageSpec.pictures) they stand behind B, as in image_local, crop, crop_local, warp
     image_local: Tensor  # [B, V, 3, s, s] the local views
     text: Tensor  # [B, L] int64 token ids, padded with the tokenizer's pad id
     text_mask: Tensor  # [B, L] bool, True = token
@@ -172,7 +173,7 @@ class ImageSpec:
     masks: str = ""  # JSON field of their masks, in the same order: run lengths as data/emojiworld/rle.py describes
     max_boxes: int = 32  # a picture with more is left out
     min_visible: float = 0.1  # a box counts while this share of its area is in view
-    pictures: int = 1  # of each sample: the members 0.jpg, 1.jpg, ..., each seen for itself: Batch["image"] [B, pictures, ...]
+    pictures: int = 1  # of each sample: the members 0.jpg, 1.jpg, ..., each with views of its own: [B, pictures, (V,) 3, S, S]
 
 
 @dataclass

@@ -82,11 +82,12 @@ def make_batch(data: DataSpec, size: int, *, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     batch: Batch = {"index": torch.arange(size)}
     if (image := data.image) is not None:
-        views = [sum(view.count for view in image.views)] if image.views else [image.pictures] if image.pictures > 1 else []
+        pictures = [image.pictures] if image.pictures > 1 else []
+        views = pictures + ([sum(view.count for view in image.views)] if image.views else [])
         batch["image"] = torch.randn(size, *views, 3, image.size, image.size, generator=generator)
         if image.local_views:
             local = sum(view.count for view in image.local_views)
-            batch["image_local"] = torch.randn(size, local, 3, image.local_size, image.local_size, generator=generator)
+            batch["image_local"] = torch.randn(size, *pictures, local, 3, image.local_size, image.local_size, generator=generator)
     for name, spec in texts_of(data).items():
         batch |= captions(name, spec, size, generator)
     for name, target in data.targets.items():

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import run
 from torch import Tensor, nn
 
 from vlpfast.nn.lm import LanguageModel, LMConfig
@@ -131,31 +127,6 @@ def test_half_weights_and_compilation() -> None:
     layer = next(iter(lora_layers(model)))
     x = torch.randn(4, 64, dtype=torch.bfloat16)
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
-
-
-def spread(rank: int, world: int) -> None:
-    """FSDP2 over a network with additions: the gradients of one process with the joint batch."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    x = torch.randn(2 * world, 5, 64, generator=torch.Generator().manual_seed(3))
-    whole = trained(make())
-    whole(x).square().mean().backward()
-    model = trained(make())
-    mesh = init_device_mesh("cpu", (world,))
-    for layer in model.network.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model(x[rank::world]).square().mean().backward()
-    for (name, mine), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
-        assert (mine.grad is None) == (theirs.grad is None), name
-        if theirs.grad is not None:
-            torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, atol=1e-6, rtol=1e-4)
-    dist.barrier()
-
-
-def test_sharded_over_ranks(tmp_path: Path) -> None:
-    run(2, tmp_path, [spread])
 
 
 def test_other_kinds_of_linear_layers_are_left_alone() -> None:

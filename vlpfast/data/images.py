@@ -14,14 +14,16 @@ from torch import Tensor
 from vlpfast.data import augment
 from vlpfast.data.boxes import Objects, read_objects, view_boxes, view_masks
 from vlpfast.data.modality import Draws
-from vlpfast.data.pictures import DamagedSample, picture_size
+from vlpfast.data.pictures import DamagedBatch, DamagedSample, picture_size
 from vlpfast.data.shards import IMAGE_EXTENSIONS
 from vlpfast.data.views import VIEW_DRAWS, View, plan_view, view_specs
 from vlpfast.types import ImageSpec, UserError, ViewSpec
 
+_PICTURE_DRAWS = 1 << 48  # picture p of sample i draws what sample i + p * this would
+
 
 class _Info(NamedTuple):
-    size: tuple[int, int]  # width, height in pixels
+    sizes: list[tuple[int, int]]  # width, height in pixels of each picture
     objects: Objects | None
 
 
@@ -40,20 +42,36 @@ class ImageModality:
 
     def __init__(self, spec: ImageSpec, threads: int, batch_size: int, device: torch.device, backend: str):
         _check(spec)
-        self._spec, self._threads, self._batch_size, self._device, self._backend = spec, threads, batch_size, device, backend
+        if spec.pictures > 1:
+            self.groups = tuple(tuple(f"{p}.{extension}" for extension in IMAGE_EXTENSIONS) for p in range(spec.pictures))
+            self.members = self.groups[0]
+        self._spec, self._threads, self._device, self._backend = spec, threads, device, backend
+        self._batch_size = batch_size * spec.pictures
         self._submitted: deque[_Submitted] = deque()
         self._decoder = None
 
-    def inspect(self, content: np.ndarray | None, record: dict[str, Any]) -> _Info:
-        if content is None:
-            raise DamagedSample(f"no picture (a member {', '.join(IMAGE_EXTENSIONS)})")
-        size = picture_size(content.tobytes())
-        return _Info(size, read_objects(self._spec, record, size) if self._spec.boxes else None)
+    def inspect(self, content: np.ndarray | list[np.ndarray | None] | None, record: dict[str, Any]) -> _Info:
+        pictures = content if self._spec.pictures > 1 else [content]
+        sizes = []
+        for number, picture in enumerate(pictures):
+            if picture is None:
+                members = self.groups[number] if self._spec.pictures > 1 else IMAGE_EXTENSIONS
+                raise DamagedSample(f"no picture (a member {', '.join(members)})")
+            try:
+                sizes.append(picture_size(picture.tobytes()))
+            except DamagedSample as error:
+                raise DamagedSample(self._of_picture(number, str(error))) from error
+        return _Info(sizes, read_objects(self._spec, record, sizes[0]) if self._spec.boxes else None)
 
-    def submit(
-        self, contents: list[np.ndarray], infos: list[_Info], records: list[dict[str, Any]], draws: Draws
-    ) -> dict[str, Any]:
-        sizes = np.array([info.size for info in infos], np.int64)
+    def _of_picture(self, number: int, reason: str) -> str:
+        return f"picture {number}: {reason}" if self._spec.pictures > 1 else reason
+
+    def submit(self, contents: list[Any], infos: list[_Info], records: list[dict[str, Any]], draws: Draws) -> dict[str, Any]:
+        sizes = np.array([size for info in infos for size in info.sizes], np.int64)  # [B * pictures, 2]
+        if self._spec.pictures > 1:  # all are decoded as if each were a sample
+            contents = [picture for pictures in contents for picture in pictures]
+            index = draws.index[:, None] + np.arange(self._spec.pictures) * _PICTURE_DRAWS  # [B, pictures]
+            draws = draws._replace(index=index.ravel())
         plain, local = view_specs(self._spec, draws.train)
         pixels = [self._spec.size] * len(plain) + [self._spec.local_size] * len(local)
         views, steps = [], []
@@ -75,10 +93,17 @@ class ImageModality:
         if draws.train and any(view.augment.rand_augment is not None for view in plain):
             warps = [augment.total_warp(todo, len(sizes), self._spec.size) for todo in steps[: len(plain)]]
             fields["warp"] = _joined([torch.from_numpy(warp) for warp in warps])
-        return fields
+        return self._divided(fields)
 
     def receive(self) -> dict[str, Tensor]:
-        views = self._decoder.receive()
+        try:
+            views = self._decoder.receive()
+        except DamagedBatch as error:
+            pictures = self._spec.pictures
+            reasons = {}
+            for place, reason in sorted(error.reasons.items(), reverse=True):  # the first picture's has the last word
+                reasons[place // pictures] = self._of_picture(place % pictures, reason)
+            raise DamagedBatch(reasons) from error
         plain, steps, fields = self._submitted.popleft()
         if self._augments:
             views = [
@@ -91,7 +116,12 @@ class ImageModality:
             masks = fields["masks"].to(self._device)  # [B, V, N, S, S]
             warped = [augment.warp_masks(masks[:, v], steps[v]) for v in range(plain)]
             fields["masks"] = _joined(warped)
-        return fields
+        return self._divided(fields)
+
+    def _divided(self, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        """[B * pictures, ...] -> [B, pictures, ...]"""
+        pictures = self._spec.pictures
+        return {name: value.unflatten(0, (-1, pictures)) for name, value in fields.items()} if pictures > 1 else fields
 
     def reset(self) -> None:
         self._submitted.clear()
@@ -161,6 +191,10 @@ def _check(spec: ImageSpec) -> None:
         raise UserError(f"masks: {spec.masks!r} needs boxes, the field that says which objects there are")
     if spec.boxes and spec.max_boxes < 1:
         raise UserError(f"max_boxes: expected at least 1, got {spec.max_boxes}")
+    if spec.pictures < 1:
+        raise UserError(f"pictures: expected at least 1, got {spec.pictures}")
+    if spec.pictures > 1 and spec.boxes:
+        raise UserError("boxes: of several pictures, expected none: the JSON does not say which picture they are in")
     if not 0 <= spec.min_visible <= 1:
         raise UserError(f"min_visible: expected a share, 0 to 1, got {spec.min_visible}")
 

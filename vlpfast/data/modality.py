@@ -22,6 +22,8 @@ class Modality(Protocol):
     """One modality of a batch, made from one member of each sample. `members`: extensions, the first that a sample has counts.
 
     Made, used and closed in the thread that works ahead, once for each iteration; an object that was closed is not used again.
+    Where it has an attribute `groups` it is made from several members of each sample, one of each group of extensions: `content`
+    then is the list of them.
     """
 
     members: tuple[str, ...]

@@ -78,6 +78,7 @@ class Texts:
         self._paths = [
             {path: None for text in self._texts.values() for path in text.paths(source)} for source in range(self.sources)
         ]
+        self._in_rows = [text for text in self._texts.values() if text.spec.every]
         self._submitted: deque[tuple[list[Info], Draws]] = deque()
 
     @property
@@ -100,16 +101,18 @@ class Texts:
         """caption: the bytes of the member txt, None if there is none or nobody asked for it; record: the JSON. Raises
         DamagedSample."""
         source = source if self.sources > 1 else 0
-        paths = self._paths[source]
-        if caption is not None and CAPTION in paths:
+        found = {}
+        for path in self._paths[source]:
+            if caption is None or path != CAPTION:
+                found[path] = _text_field(record, path)
+                continue
             try:
-                record = {**record, "caption": caption.tobytes().decode("utf-8")}
+                found[path] = caption.tobytes().decode("utf-8")
             except UnicodeDecodeError as error:
                 raise DamagedSample(f"the caption is not UTF-8: {error}") from error
-        found = {path: _text_field(record, path) for path in paths}
-        for text in self._texts.values():
+        for text in self._in_rows:
             text.check(found, source)
-        return Info(source, found, self.targets.inspect(record))
+        return Info(source, found, self.targets.inspect(record) if self.targets.names else {})
 
     def submit(self, infos: list[Info], draws: Draws) -> None:
         self._submitted.append((infos, draws))
@@ -199,9 +202,7 @@ class _Text:
         return {part for template in (*templates, *answers) for part in template if isinstance(part, tuple)}
 
     def check(self, found: Mapping[Path, Tree], source: int) -> None:
-        """Raises DamagedSample for a sample that this text cannot be made from, whatever is drawn."""
-        if not self.spec.every:
-            return
+        """Raises DamagedSample for a sample whose rows this text cannot be made from (TextSpec.every), whatever is drawn."""
         lists = {one.path: one for path in self.paths(source) for one in innermost(found[path])}
         if len(lists) != 1:
             got = f"those of {' and '.join(sorted(lists))}" if lists else "none"
