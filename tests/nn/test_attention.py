@@ -300,3 +300,47 @@ def test_packed_module_compiles_without_a_break() -> None:
     torch.testing.assert_close(
         compiled(x, mask="causal", cu_seqlens=cu_seqlens), ours(x, mask="causal", cu_seqlens=cu_seqlens), rtol=0, atol=0
     )
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_dropout_of_weights(need_weights: bool, with_bias: bool) -> None:
+    """Each weight is 0 with that probability and larger by as much otherwise: with v one-hot the output is the weights."""
+    torch.manual_seed(0)
+    keys = 64
+    q, k = torch.randn(4, 2, 50, keys), torch.randn(4, 2, keys, keys)
+    v = torch.eye(keys).expand(4, 2, keys, keys)
+    bias = torch.randn(4, keys) if with_bias else None
+    _, weights = attention(q, k, v, key_bias=bias, need_weights=True)
+    found = attention(q, k, v, key_bias=bias, dropout=0.3, need_weights=need_weights)
+    if need_weights:
+        torch.testing.assert_close(found[1], weights)  # those before dropout
+        found = found[0]
+    assert (found == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    kept = found != 0
+    torch.testing.assert_close(found[kept], weights[kept] / 0.7, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "xformers"])
+def test_dropout_reaches_every_kernel(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    seen = []
+
+    def kernel(q, *_, dropout_p=0.0, p=0.0, **options):
+        seen.append(dropout_p + p)
+        return q
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_func=kernel, flash_attn_varlen_func=kernel))
+    ops = types.SimpleNamespace(memory_efficient_attention=kernel, LowerTriangularMask=object)
+    monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setattr(room, "choose_backend", lambda *_: backend)
+    q, k, v = qkv()
+    attention(q, k, v, dropout=0.25, backend=backend)
+    attention(q, k, v, dropout=0.25, key_bias=torch.zeros(k.shape[0], k.shape[2]), backend=backend)
+    if backend == "flash_attn":
+        q, k, v = qkv(batch=1, queries=sum(LENGTHS), keys=sum(LENGTHS))
+        attention(q, k, v, dropout=0.25, cu_seqlens=cumulative(LENGTHS))
+    assert seen == [0.25] * len(seen) and len(seen) == (3 if backend == "flash_attn" else 2)

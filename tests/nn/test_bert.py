@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlpfast.nn.bert import Bert, BertCache, BertConfig, MaskedLMHead
-from vlpfast.nn.bert_convert import convert_bert, convert_lm_head
+from vlpfast.nn.bert_convert import convert_bert, convert_blip, convert_lm_head
 from vlpfast.types import UserError
 
 SMALL = BertConfig(
@@ -157,6 +157,32 @@ def test_names_of_albef_and_blip(type_vocab: int) -> None:
     other.load_state_dict(converted)
     for name, tensor in bert.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_blips_decoder_shares_all_but_self_attention() -> None:
+    """One network under the names of BLIP's two equals the two."""
+    options = {"cross_attention": [0, 1, 2, 3], "type_vocab": 0}
+    encoder = make(**options)
+    torch.manual_seed(1)
+    decoder = Bert(encoder.config)
+    for name, parameter in encoder.named_parameters():
+        if ".attn." not in name:
+            decoder.get_parameter(name).data.copy_(parameter)
+    one = make(causal_attention=True, **options)
+    names = albef_names(encoder, "text_encoder.") | albef_names(decoder, "text_decoder.bert.")
+    one.load_state_dict(convert_blip(names))
+    text, mask, context = inputs()
+    torch.testing.assert_close(one(text, mask), encoder(text, mask))
+    torch.testing.assert_close(one(text, mask, context=context), encoder(text, mask, context=context))
+    expected = decoder(text, mask="causal", context=context)
+    assert not torch.allclose(expected, encoder(text, mask="causal", context=context))
+    torch.testing.assert_close(one(text, mask="causal", context=context), expected)
+    cache = BertCache()
+    parts = [one(text[:, i : i + 1], mask="causal", context=context, cache=cache) for i in range(L)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in one.parameters()) == sum(p.numel() for p in encoder.parameters()) + sum(
+        p.numel() for name, p in decoder.named_parameters() if ".attn." in name
+    )
 
 
 def test_old_names_of_norms() -> None:
@@ -442,11 +468,30 @@ def test_dropout_of_each_kind() -> None:
         )
         x = bert.embed(inputs()[0])
         assert seen == [0.3] and (x == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
-        layer(x, None, torch.randn(B, T, 256), None, None, False)
+        layer(x, None, False, torch.randn(B, T, 256), None, None, False)
         assert seen[1:] == [0.3] * 5  # two attentions, three parts
         bert.eval()
-        layer(x, None, torch.randn(B, T, 256), None, None, False)
+        layer(x, None, False, torch.randn(B, T, 256), None, None, False)
         assert set(seen[6:]) == {0.0}
+
+
+def test_half_precision_under_autocast() -> None:
+    """Products in bfloat16, the residual stream and the head's loss in float32; a cache too."""
+    bert, (text, mask, context) = make(), inputs()
+    head = MaskedLMHead(SMALL)
+    exact = bert(text, mask, context=context)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = bert(text, mask, context=context)
+        loss = head.loss(states, text.masked_fill(~mask, -100), bert.token_embed.weight)
+        cache = BertCache()
+        decoded = [bert(text[:, i : i + 1], mask="causal", context=context, cache=cache) for i in range(L)]
+        causal = bert(text, mask="causal", context=context)
+    assert states.dtype == loss.dtype == torch.float32 and cache.layers[0].tokens[0].dtype == torch.bfloat16
+    assert not torch.equal(states, exact)
+    torch.testing.assert_close(states[mask], exact[mask], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(torch.cat(decoded, dim=1), causal, rtol=0.05, atol=0.05)
+    loss.backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in bert.parameters())
 
 
 def test_checkpointing_changes_memory_alone() -> None:

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from vlpfast.ops import backends
 from vlpfast.ops.flops import FlopCounterMode
-from vlpfast.ops.maxsim import filip_loss, maxsim_sigmoid_loss, sharded_filip_loss, sharded_maxsim_sigmoid_loss
+from vlpfast.ops.maxsim import (
+    filip_loss,
+    maxsim,
+    maxsim_sigmoid_loss,
+    score_contrastive_loss,
+    sharded_filip_loss,
+    sharded_maxsim_sigmoid_loss,
+    sharded_query_loss,
+)
 
 pytestmark = pytest.mark.skipif(bool(backends.available()["cpp"]), reason="waits for the compiled library vlpfast/_C.so")
 
@@ -142,7 +150,39 @@ def disagreement_is_named(rank: int, world: int) -> None:
         sharded_filip_loss(x, torch.ones(2, T, D), 1.0, None, torch.ones(2, T, dtype=torch.bool) if odd else None)
 
 
+def query_loss_of_the_whole_batch(rank: int, world: int) -> None:
+    found, expected = [], []
+    for dtype in TOLERANCES:
+        for sizes in SIZES:
+            split = sizes(world)
+            n = sum(split)
+            arguments = convert(queries(n), dtype)
+            ids = torch.arange(n) % 4
+            smoothing = torch.linspace(0, 0.4, n, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            for own, whole in (
+                ({}, {}),
+                ({"label_smoothing": 0.1, "sizes": split}, {"label_smoothing": 0.1}),
+                ({"label_smoothing": part(smoothing, split, rank)}, {"label_smoothing": smoothing}),
+                ({"labels": part(ids, split, rank)}, {"labels": (ids, ids)}),
+            ):
+                found.append((dtype, by_all(sharded_query_loss, arguments, split, rank, **own)))
+                expected.append(by_one(query_loss, arguments, **whole))
+    for (dtype, f), e in zip(found, expected, strict=True):
+        assert_near(f, e, TOLERANCES[dtype] * 2)
+
+
+def queries(n: int) -> dict[str, Tensor]:
+    arguments = sets(n)
+    return arguments | {"y": arguments["y"][:, 0]}
+
+
+def query_loss(x: Tensor, y: Tensor, scale: Tensor, **options: Any) -> Tensor:
+    s = maxsim(x, y[:, None], directions="y_to_x")
+    return score_contrastive_loss(s, s, scale, **options)
+
+
 CHECKS = [
+    query_loss_of_the_whole_batch,
     filip_loss_of_the_whole_batch,
     filip_loss_exact_where_it_is_small,
     no_sets_at_all,
@@ -178,3 +218,16 @@ def test_wrong_arguments_are_named(message: str, wrong: dict[str, Any]) -> None:
     arguments = {"x": torch.ones(2, P, D), "y": torch.ones(2, T, D), "scale": 1.0}
     with pytest.raises(ValueError, match=message):
         sharded_filip_loss(**(arguments | wrong))
+
+
+def test_query_loss_in_one_process() -> None:
+    """Each text meets its best query: the gradient of a picture goes to the winners alone."""
+    x, y = queries(5)["x"].requires_grad_(), queries(5)["y"]
+    scores = 10 * torch.einsum("mqd,nd->mqn", x, y).amax(1)
+    both = (torch.nn.functional.cross_entropy(s, torch.arange(5), label_smoothing=0.1) for s in (scores, scores.T))
+    expected = sum(both) / 2
+    loss = sharded_query_loss(x, y, 10.0, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(t, x)[0] for t in (loss, expected)))
+    with pytest.raises(ValueError, match=r"y: expected \[5, D\] beside x, got \(5, 3, 7\)"):
+        sharded_query_loss(x, sets(5)["y"], 10.0)

@@ -35,6 +35,7 @@ class BertConfig:
     pad_id: int = 0  # its embedding starts at 0 and gets no gradient
     cross_attention: list[int] = field(default_factory=list)  # layers that attend to a context too, counted from 0
     context_width: int = 768
+    causal_attention: bool = False  # a self-attention of their own for causal texts; the rest of a layer serves both (BLIP)
     attention_backend: Backend = "auto"  # see vlpfast.nn.attention.attention
     checkpointing: bool = False  # recompute each layer's activations in the backward: less memory, a third more arithmetic
 
@@ -182,6 +183,7 @@ class BertLayer(nn.Module):
     def __init__(self, config: BertConfig, cross_attention: bool) -> None:
         super().__init__()
         self.attn = SelfAttention(config)
+        self.causal_attn = SelfAttention(config) if config.causal_attention else None
         self.cross = CrossAttention(config) if cross_attention else None
         self.feed_forward = FeedForward(config)
 
@@ -189,6 +191,7 @@ class BertLayer(nn.Module):
         self,
         x: Tensor,
         mask: Tensor | Literal["causal"] | None,
+        causal: bool,
         context: Tensor | None,
         context_mask: Tensor | None,
         cache: LayerCache | None,
@@ -196,7 +199,8 @@ class BertLayer(nn.Module):
     ) -> tuple[Tensor, LayerCache | None, Tensor | None]:
         """-> x [B, L, C]; what `cache` becomes, None where it was None; the weights on the context where they are wanted."""
         past = cache or LayerCache()
-        x, tokens = self.attn(x, mask, past.tokens)
+        attn = self.causal_attn if causal and self.causal_attn is not None else self.attn
+        x, tokens = attn(x, mask, past.tokens)
         weights, seen = None, past.context
         if self.cross is not None and (context is not None or seen is not None):
             seen = self.cross.read(context, context_mask) if seen is None else seen
@@ -273,10 +277,11 @@ class Bert(nn.Module):
             raise ValueError(f"context: expected None, because no layer of {chosen} has a cross-attention")
         if need_weights is not None and (need_weights not in chosen or self.layers[need_weights].cross is None):
             raise ValueError(f"need_weights: expected a layer with a cross-attention in {chosen}, got {need_weights}")
-        weights = None
+        weights, causal = None, isinstance(mask, str) and mask == "causal"
         for i in chosen:
             before = None if cache is None else cache.layers.get(i, LayerCache())
-            x, after, found = run_layer(self.layers[i], self.config, x, seen, context, context_mask, before, i == need_weights)
+            inputs = x, seen, causal, context, context_mask, before, i == need_weights
+            x, after, found = run_layer(self.layers[i], self.config, *inputs)
             weights = found if found is not None else weights
             if cache is not None:
                 cache.layers[i] = after

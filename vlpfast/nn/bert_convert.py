@@ -51,6 +51,13 @@ def convert_bert(state_dict: StateDict, prefix: str = "") -> dict[str, Tensor]:
     return _convert(state_dict, prefix, _RULES, _IGNORED)
 
 
+def convert_blip(state_dict: StateDict) -> dict[str, Tensor]:
+    """BLIP's text encoder and decoder, for one Bert with causal_attention: the decoder's own are its self-attentions, all else it
+    shares with the encoder. UserError: see convert_bert."""
+    encoder, decoder = convert_bert(state_dict, "text_encoder."), convert_bert(state_dict, "text_decoder.bert.")
+    return encoder | {name.replace(".attn.", ".causal_attn."): tensor for name, tensor in decoder.items() if ".attn." in name}
+
+
 def convert_lm_head(state_dict: StateDict, prefix: str = "cls.predictions.") -> dict[str, Tensor]:
     """The same for vlpfast.nn.bert.MaskedLMHead. The decoder's weight is the token embedding and stays with that."""
     bias = state_dict.get(f"{prefix}bias", state_dict.get(f"{prefix}decoder.bias"))
