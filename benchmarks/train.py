@@ -6,7 +6,8 @@
     python benchmarks/train.py runs/clip                    a row for benchmarks/results of a finished run's folder
 
 A step: forward, loss, backward, optimiser, on random pictures and words that are on the device. Both formulations train the same
-network from the same weights under the same autocast, in turns in each of --repeats rounds; the smallest time counts.
+network from the same weights under the same autocast, in turns in each of --repeats rounds; the smallest time counts. On a CPU
+each has a process of its own, because the trainer's tells the C library to keep freed memory (training/memory.py).
     open_clip   its ClipLoss (logits, two cross entropies) in eager, torch's AdamW as its script makes it; accumulation as there:
                 features of all parts without gradients first, then for every part the forward again and the loss of the whole
                 batch with that part's features in place
@@ -24,8 +25,8 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from vlpfast.nn.vit import ViTConfig
 from vlpfast.training import feature_cache
 from vlpfast.training.config import Stage, TrainConfig
 from vlpfast.training.flops_count import Speed
+from vlpfast.training.memory import keep_freed_memory
 from vlpfast.training.optim import build_optimizer, gradient_norm
 from vlpfast.training.parallel import Spread, World
 from vlpfast.types import Batch, Progress
@@ -111,6 +113,8 @@ def open_clip_step(model: CLIP, batch: Batch, part: int, autocast: Callable[[], 
 
 
 def vlpfast_step(model: CLIP, batch: Batch, part: int, autocast: Callable[[], Any]) -> Step:
+    if batch["image"].device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     optimizer = build_optimizer(model, TRAIN, "train", Stage())
     spread = Spread(model, TRAIN, World(device=batch["image"].device))
     spread.begin_stage()
@@ -168,7 +172,8 @@ def steps(name: str, part: int, parts: int, device: str, threads: int, repeats: 
     rows = []
     for samples in (part, part * parts):
         count = speed.begin_stage("train", Stage(), random_batch(config, samples, device), Progress(0, 1))
-        taken, apart = timed(name, samples, part, device, repeats)
+        with runners(name, samples, part, device, threads) as table:
+            taken, apart = timed(table, f"{name}, {samples} samples", AGREE[device], repeats)
         for formulation, found in taken.items():
             arguments = [name, formulation, str(samples), str(part), device]
             row = {
@@ -188,18 +193,71 @@ def steps(name: str, part: int, parts: int, device: str, threads: int, repeats: 
     return rows
 
 
-def timed(name: str, samples: int, part: int, device: str, repeats: int) -> tuple[dict[str, list[float]], float]:
+Runner = Callable[[], tuple[float, float]]  # one step -> its loss and seconds
+
+
+def in_this_process(name: str, formulation: str, samples: int, part: int, device: str) -> Runner:
+    step = prepared(name, formulation, samples, part, device)
+    loss: list[Tensor] = []
+
+    def run() -> tuple[float, float]:
+        taken = seconds(lambda: loss.append(step()), device)
+        return float(loss.pop()), taken
+
+    return run
+
+
+@contextmanager
+def runners(name: str, samples: int, part: int, device: str, threads: int) -> Iterator[dict[str, Runner]]:
+    """A step of each formulation; on a CPU in a process of its own, which stands still in the others' turns."""
+    if device != "cpu":
+        yield {formulation: in_this_process(name, formulation, samples, part, device) for formulation in FORMULATIONS}
+        return
+    with ExitStack() as stack:
+        yield {
+            formulation: stack.enter_context(_in_a_process([name, formulation, str(samples), str(part), device], threads))
+            for formulation in FORMULATIONS
+        }
+
+
+@contextmanager
+def _in_a_process(arguments: list[str], threads: int) -> Iterator[Runner]:
+    command = [sys.executable, __file__, "--steps-of", *arguments, "--threads", str(threads)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    with subprocess.Popen(command, env=environment(), **pipes) as process:
+
+        def run() -> tuple[float, float]:
+            process.stdin.write("step\n")
+            answer = process.stdout.readline()
+            if not answer:
+                raise SystemExit(f"the process of {arguments[1]} has ended with {process.wait()}")
+            loss, taken = answer.split()
+            return float(loss), float(taken)
+
+        try:
+            yield run
+        finally:
+            process.stdin.close()
+
+
+def answer_steps(name: str, formulation: str, samples: str, part: str, device: str) -> None:
+    """A step for each line of standard input, until it ends."""
+    run = in_this_process(name, formulation, int(samples), int(part), device)
+    for _ in sys.stdin:
+        print(*run(), flush=True)
+
+
+def timed(table: dict[str, Runner], what: str, agree: float, repeats: int) -> tuple[dict[str, list[float]], float]:
     """Seconds of every formulation in each round, and how far the losses of the first steps are apart, relatively."""
-    table = {formulation: prepared(name, formulation, samples, part, device) for formulation in FORMULATIONS}
-    losses = {formulation: [float(step()) for _ in range(CHECKED)] for formulation, step in table.items()}
+    losses = {formulation: [run()[0] for _ in range(CHECKED)] for formulation, run in table.items()}
     ours, theirs = losses["vlpfast"], losses["open_clip"]
     apart = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
-    if not apart <= AGREE[device]:
-        raise SystemExit(f"{name}, {samples} samples: the losses of the first steps are {apart:.1e} apart: {ours}, {theirs}")
+    if not apart <= agree:
+        raise SystemExit(f"{what}: the losses of the first steps are {apart:.1e} apart: {ours}, {theirs}")
     found: dict[str, list[float]] = {formulation: [] for formulation in table}
     for _ in range(repeats):
-        for formulation, step in table.items():
-            found[formulation].append(seconds(step, device))
+        for formulation, run in table.items():
+            found[formulation].append(run()[1])
     return found, apart
 
 
@@ -274,6 +332,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="default: results/MACHINE/train-steps-DEVICE.json, unless a choice is made")
     parser.add_argument("--quick", action="store_true", help="small batches, two rounds")
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--steps-of", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run_dir is not None:
         if not (args.run_dir / "evaluation.json").exists():
@@ -285,6 +344,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.memory_of:
         print(peak_memory(*args.memory_of))
+        return
+    if args.steps_of:
+        answer_steps(*args.steps_of)
         return
     names = args.model or ["tiny" if args.device == "cpu" else "ViT-B-32"]
     repeats = 2 if args.quick else args.repeats

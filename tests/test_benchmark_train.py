@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def test_both_take_the_same_steps(part: int) -> None:
 def test_rows_and_a_difference_that_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(benchmark.MODELS, "tiny", (small, 4))
     monkeypatch.setattr(benchmark, "memory_in_a_process", lambda arguments, threads: 2**20)
+    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda: None)  # nothing that outlives the test
+
+    @contextmanager
+    def here(name: str, samples: int, part: int, device: str, threads: int) -> Iterator[dict[str, benchmark.Runner]]:
+        yield {one: benchmark.in_this_process(name, one, samples, part, device) for one in benchmark.FORMULATIONS}
+
+    monkeypatch.setattr(benchmark, "runners", here)
     rows = benchmark.steps("tiny", 4, 2, "cpu", 1, 2)
     assert [(row["name"], row["samples"]) for row in rows] == [
         ("vlpfast", 4), ("open_clip", 4), ("vlpfast", 8), ("open_clip", 8),
@@ -59,7 +67,16 @@ def test_rows_and_a_difference_that_is_noticed(monkeypatch: pytest.MonkeyPatch, 
     loss = benchmark.open_clip_loss
     monkeypatch.setattr(benchmark, "open_clip_loss", lambda features, scale: loss(features, scale) * 1.01)
     with pytest.raises(SystemExit, match="the losses of the first steps are"):
-        benchmark.timed("tiny", 4, 4, "cpu", 1)
+        benchmark.steps("tiny", 4, 1, "cpu", 1, 1)
+
+
+def test_steps_in_processes_are_those_in_this_one() -> None:
+    with benchmark.runners("tiny", 2, 2, "cpu", 1) as table:
+        found, apart = benchmark.timed(table, "tiny", 1e-3, 2)
+    assert set(found) == {"vlpfast", "open_clip"} and apart < 1e-3
+    assert all(len(times) == 2 and min(times) > 0 for times in found.values())
+    with pytest.raises(SystemExit, match="the process of vlpfast has ended"), benchmark.runners("tiny", 2, 0, "cpu", 1) as table:
+        table["vlpfast"]()
 
 
 def test_data_ways_give_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from vlpfast.training import checkpoint, feature_cache
 from vlpfast.training.config import RunConfig, Stage, stage_train, to_dict
 from vlpfast.training.ema import WeightAverage
 from vlpfast.training.flops_count import Speed
+from vlpfast.training.memory import keep_freed_memory
 from vlpfast.training.metrics import Display, JsonLines, TensorBoard, WeightsAndBiases
 from vlpfast.training.optim import build_optimizer, gradient_norm, learning_rate, set_learning_rate
 from vlpfast.training.parallel import Spread, World
@@ -103,6 +104,8 @@ class Trainer:
         self._average: WeightAverage | None = None
         self._saved_step = 0
         self._received: list[signal.Signals] = []  # by this rank
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
