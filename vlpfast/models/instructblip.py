@@ -37,8 +37,8 @@ class InstructBLIP(nn.Module):
 
     Modes: "instruct" is that. "pretrain" is BLIP-2's first stage (Li et al. 2023, arXiv 2301.12597, section 3.1), where the
     Q-Former comes from: "contrast", "matching" and "caption" on picture and caption; needs stage1 and data.texts.caption. Label
-    smoothing is of these alone. "language" is ours: the language model learns the texts, without pictures, where none that is
-    pre-trained is at hand; after it, it stays as it is.
+    smoothing is of these alone. "language" is ours, where no pre-trained language model is at hand: it learns the texts without
+    the pictures; after it, it stays as it is.
 
     A language model of either kind: FlanT5, whose encoder reads what is before the answer, or a causal one such as Vicuna (see
     PrefixLM). Vicuna for released weights: language.architecture=vicuna-7b, language.settings={vocab_size: 32001, pad_token_id:
@@ -95,7 +95,7 @@ class InstructBLIP(nn.Module):
             """For the embedded data on a CPU: 64 x 64 pictures, 2 queries, 1.5 million parameters; ids of tokenizers trained
             here."""
             qformer = QFormerConfig(
-                vocab_size=512,
+                vocab_size=1024,
                 width=128,
                 layers=2,
                 heads=4,
@@ -110,7 +110,7 @@ class InstructBLIP(nn.Module):
             return cls(
                 vision=ViTConfig.deit(patch_size=8, width=128, layers=3, heads=4, stem=[32, 64], patch_bias=False),
                 qformer=qformer,
-                language=LMConfig("tiny-llama"),
+                language=LMConfig("tiny-llama", {"vocab_size": 1024}),
                 answer_length=24,
                 stage1=True,
                 embed_dim=64,
@@ -196,7 +196,8 @@ class InstructBLIP(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Mode "instruct": image [B, 3, S, S] or video [B, T, 3, S, S], instruction, text and its labels -> {"answer"};
-        "pretrain": image, caption -> {"contrast", "matching", "caption"}; "language": text -> {"language"}; 0-d float32."""
+        "pretrain": image, caption -> {"contrast", "matching", "caption"}; "language": text and its labels -> {"language"};
+        0-d float32."""
         if self.mode == "pretrain":
             return self._pretrain(batch)
         text, mask, labels = batch["text"], batch["text_mask"], batch["text_labels"]
