@@ -22,6 +22,7 @@ from _measure import ROOT
 from vit import operations
 
 from vlpfast.cli import assemble
+from vlpfast.cli.evaluate import evaluate
 from vlpfast.training import checkpoint
 from vlpfast.training.precision import choose_device
 from vlpfast.training.run_folder import environment
@@ -38,7 +39,7 @@ def row(run_dir: Path, overrides: list[str], device: torch.device) -> dict:
     checkpoint.load_weights(chosen, model)
     model.to(device).eval()
     sources = assemble.prepare_data(config)
-    metrics = assemble.evaluate(config, model, assemble.load_tokenizers(config, run_dir), sources, device).metrics
+    metrics = evaluate(config, model, assemble.load_tokenizers(config, run_dir), sources, device).metrics
     lengths: list[int] = []
     for block in model.vision.transformer.blocks:
         block.fc1.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))

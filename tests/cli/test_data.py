@@ -87,6 +87,7 @@ def test_emojiworld(tmp_path, capsys):
         "language": "de",
         "format": "jpg",
         "quality": 80,
+        "pictures": 1,
         "translations": True,
     }
     assert len(ShardSet(str(out / "train-*.tar")).shards) == 2

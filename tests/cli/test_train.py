@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from vlpfast.cli import assemble
+from vlpfast.cli.evaluate import evaluate
 from vlpfast.cli.train import main
 from vlpfast.data import ShardWriter
 from vlpfast.training.trainer import Trainer
@@ -117,7 +118,7 @@ def test_emojiworld_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
     model = assemble.build_model(loaded)
     load_weights(run, model)
     tokenizers = assemble.build_tokenizers(loaded, sources.train, run)
-    assert {"step": 6, **assemble.evaluate(loaded, model, tokenizers, sources, choose_device("cpu")).metrics} == result
+    assert {"step": 6, **evaluate(loaded, model, tokenizers, sources, choose_device("cpu")).metrics} == result
 
 
 def test_killed_and_started_again(shards: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vlpfast.cli import assemble
+from vlpfast.cli.evaluate import label_of
 from vlpfast.data import ShardSet, ShardWriter, make_loader
 from vlpfast.data.few_shot import few_shot_indices
 from vlpfast.data.position import merge_positions
@@ -148,7 +149,7 @@ def test_few_shots_of_base_and_new_classes(tmp_path, by_name, targets):
         subset = sources.classes.subset
         assert subset is None if part == "all" else subset.tolist() == of.tolist()
         record = {"label": NAMES[low + 1] if by_name else low + 1}
-        assert assemble._label(record, sources.classes, "k") == 1
+        assert label_of(record, sources.classes, "k") == 1
     _, seen = opened(config_of(folder, "data.classes=base", targets=targets))
     assert len(seen) == 34 or len(seen) == 35  # all of them, but for an incomplete batch
     other = opened(config_of(folder, "data.shots=2", "train.seed=5", targets=targets))[1]

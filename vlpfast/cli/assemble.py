@@ -8,10 +8,8 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
@@ -23,12 +21,7 @@ from vlpfast.data.few_shot import few_shot_indices, split_classes
 from vlpfast.data.loader import read_records
 from vlpfast.data.mixture import expand_sources
 from vlpfast.data.shards import expand
-from vlpfast.data.subset import Subset
 from vlpfast.data.targets import read_classes
-from vlpfast.evaluation.contact_sheet import Classified, Pairs
-from vlpfast.evaluation.features import encode_images, encode_pairs
-from vlpfast.evaluation.retrieval import retrieval
-from vlpfast.evaluation.zero_shot import class_embeddings, zero_shot
 from vlpfast.training import config as settings
 from vlpfast.training.config import DataConfig, RunConfig, Stage
 from vlpfast.training.parallel import World
@@ -58,13 +51,7 @@ class Sources:
     heldout: list[str]
     classes: ClassSource | None
     class_names: list[str] | None = None  # [K] before data.classes divides them; None: nobody has named the classes
-
-
-@dataclass
-class Evaluation:
-    metrics: dict[str, float]  # text_to_image_R@1, ..., zero_shot_top1, ... as fractions
-    pairs: Pairs | None
-    classified: Classified | None
+    answers: list[str] | None = None  # from which a model chooses; None: nobody has said
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -102,13 +89,14 @@ def _own_shards(config: RunConfig, data: DataConfig) -> Sources:
         expand_sources(train)
     else:
         expand(train)
-    names = _class_names(config.evaluation.class_names) if config.evaluation.class_names else None
+    named = {key: getattr(config.evaluation, key) for key in ("class_names", "answers")}
+    names, answers = (_lines(key, path) if path else None for key, path in named.items())
     classes = None
     if data.heldout:
         expand(data.heldout)
         if config.evaluation.zero_shot and names:
             classes = ClassSource(data.heldout, names, config.evaluation.templates, config.evaluation.label_field)
-    return Sources(train, data.heldout, classes, names)
+    return Sources(train, data.heldout, classes, names, answers)
 
 
 def open_loader(
@@ -198,58 +186,6 @@ def _divided(
     return replace(target, classes=target.classes[low:high], first=target.first + low), kept
 
 
-def evaluate(
-    config: RunConfig,
-    model: nn.Module,
-    tokenizers: Mapping[str, Tokenizer],
-    sources: Sources,
-    device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-) -> Evaluation:
-    """Retrieval over the held-out pairs and, where classes are known, zero-shot classification.
-
-    progress(batches done, batches in all) is called during each of the two passes. Of several ranks each encodes its share, and
-    all have the result.
-    """
-    if not sources.heldout:
-        raise UserError("data.heldout: nothing to evaluate, expected patterns of tar files")
-
-    text = data_spec(config).text
-
-    def loader(patterns: list[str], with_meta: bool, subset: np.ndarray | None = None) -> Loader:
-        data, size = config.data, config.evaluation.batch_size
-        options = {"backend": data.loader, "device": device, "threads": data.threads, "with_meta": with_meta}
-        options |= {"rank": rank, "world_size": ranks}
-        spec, _ = loader_spec(config, replace(data, shots=0, classes="all"), sources)
-        return make_loader(patterns, spec, tokenizers, size, train=False, subset=subset, **options)
-
-    batches = loader(sources.heldout, False)
-    try:
-        features = encode_pairs(model, batches, device, progress, ranks)
-    finally:
-        batches.close()
-    ranked = retrieval(features.image, features.text)
-    evaluation = Evaluation(dict(ranked.metrics), Pairs(features, ranked, ShardSet(sources.heldout)), None)
-    classes = sources.classes
-    if classes is not None:
-        batches = loader(classes.patterns, True, classes.subset)
-        try:
-            features = encode_images(model, batches, device, progress, ranks)
-        finally:
-            batches.close()
-        labels = [_label(record, classes, key) for record, key in zip(features.meta, features.keys, strict=True)]
-        tokenizer = tokenizers[text.tokenizer]
-        embedded = class_embeddings(model, tokenizer, classes.names, classes.templates, text.context_length, device)
-        result = zero_shot(features.image, labels, embedded, classes.names)
-        evaluation.metrics |= result.metrics
-        shards = ShardSet(classes.patterns)
-        evaluation.classified = Classified(features, result, shards if classes.subset is None else Subset(shards, classes.subset))
-    return evaluation
-
-
 def _emojiworld(config: RunConfig, data: DataConfig) -> Sources:
     try:
         from vlpfast.data import emojiworld
@@ -270,7 +206,8 @@ def _emojiworld(config: RunConfig, data: DataConfig) -> Sources:
     classes = None
     if config.evaluation.zero_shot:
         classes = ClassSource([patterns["heldout_single"]], names, emojiworld.templates(world.language), "label")
-    return Sources([patterns["train"]], [patterns["heldout"]], classes, names)
+    answers = emojiworld.answer_names(world) if world.language == "en" else None
+    return Sources([patterns["train"]], [patterns["heldout"]], classes, names, answers)
 
 
 def _say_progress(title: str) -> Callable[[int, int], None]:
@@ -285,24 +222,11 @@ def _say_progress(title: str) -> Callable[[int, int], None]:
     return say
 
 
-def _class_names(path: str) -> list[str]:
+def _lines(key: str, path: str) -> list[str]:
     try:
         names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"evaluation.class_names: {path} cannot be read: {error}") from error
+        raise UserError(f"evaluation.{key}: {path} cannot be read: {error}") from error
     if not names or len(set(names)) < len(names):
-        raise UserError(f"evaluation.class_names: expected one name a line in {path}, each once, got {len(names)} lines")
+        raise UserError(f"evaluation.{key}: expected one a line in {path}, each once, got {len(names)} lines")
     return names
-
-
-def _label(record: dict[str, Any], classes: ClassSource, key: str) -> int:
-    value = record.get(classes.label_field)
-    if isinstance(value, str) and value in classes.names:
-        return classes.names.index(value)
-    if isinstance(value, int) and 0 <= value - classes.first < len(classes.names):
-        return value - classes.first
-    raise UserError(
-        f"evaluation.label_field: sample {key} has {classes.label_field!r}: {value!r} in its JSON; "
-        f"expected one of the {len(classes.names)} class names, or a number from {classes.first} to "
-        f"{classes.first + len(classes.names) - 1}"
-    )

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--size", type=int, default=96, metavar="PIXELS", help="width and height of the pictures (96)")
     add.add_argument("--format", default="jpg", help="jpg or png (jpg)")
     add.add_argument("--quality", type=int, default=92, help="of the JPEG, up to 100 (92)")
+    add.add_argument("--pictures", type=int, choices=(1, 2), default=1, help="of a sample; 2: with statements about both (1)")
     add.add_argument("--translations", action="store_true", help="put each object's names in all languages into the JSON")
     add.add_argument("--seed", type=int, default=0, help="another number, another world (0)")
     add.add_argument("--samples-per-shard", type=_positive, default=1000, metavar="N", help="samples in each tar file (1000)")
@@ -225,6 +226,7 @@ def _emojiworld(arguments: argparse.Namespace) -> int:
         language=arguments.language,
         format=arguments.format,
         quality=arguments.quality,
+        pictures=arguments.pictures,
         translations=arguments.translations,
     )
     splits = emojiworld.default_splits(arguments.num_scenes, arguments.heldout)

@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
 
     # Here, because they take a while to load: --help should not wait for them.
     from vlpfast.cli import assemble
+    from vlpfast.cli.evaluate import evaluate
     from vlpfast.evaluation.report import write_report
     from vlpfast.training import checkpoint, run_folder
     from vlpfast.training.precision import choose_device
@@ -69,18 +70,19 @@ def main(argv: list[str]) -> int:
     sources = assemble.prepare_data(config, _evaluation_data(config, arguments.shards))
     tokenizers = assemble.load_tokenizers(config, run_dir)
     model = assemble.build_model(config)
+    assemble.give_classes(config, model, tokenizers, sources)
     checkpoint.load_weights(chosen, model)
     model.to(device)
 
     print(f"evaluating the checkpoint of step {step} on {device}", file=sys.stderr)
-    evaluation = assemble.evaluate(config, model, tokenizers, sources, device, _say_batch if sys.stderr.isatty() else None)
+    evaluation = evaluate(config, model, tokenizers, sources, device, _say_batch if sys.stderr.isatty() else None)
     result: dict[str, Any] = {"step": step, **evaluation.metrics}
     if arguments.shards:
         result["shards"] = arguments.shards
     with run_folder.full_disk_named(run_dir):
         run_folder.replace(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
     if not arguments.no_report:
-        report = write_report(run_dir, evaluation=result, pairs=evaluation.pairs, zero_shot=evaluation.classified)
+        report = write_report(run_dir, evaluation=result, **evaluation.sheets())
         print(f"report: {report}", file=sys.stderr)
     print(table(evaluation.metrics))
     print(json.dumps(result))
@@ -128,8 +130,16 @@ def table(metrics: dict[str, float]) -> str:
 
     lines = []
     for name in ("text_to_image", "image_to_text"):
+        if f"{name}_R@1" not in metrics:
+            continue
         shown = (f"R@{k} {cell(f'{name}_R@{k}', f'{name}_chance_R@{k}')}" for k in (1, 5, 10))
         lines.append("  ".join((f"{name.replace('_', ' '):16}", *shown, f"median rank {metrics[f'{name}_median_rank']:g}")))
+        if f"reranked_{name}_R@1" in metrics:
+            shown = (f"R@{k} {cell(f'reranked_{name}_R@{k}', f'{name}_chance_R@{k}')}" for k in (1, 5, 10))
+            lines.append("  ".join((f"{'  reordered':16}", *shown)))
+    for name, share in (("classification", "top1"), ("answers", "accuracy"), ("written", "accuracy")):
+        if f"{name}_{share}" in metrics:
+            lines.append(f"{name:16}  right {cell(f'{name}_{share}', f'{name}_chance_{share}')}")
     if "zero_shot_top1" in metrics:
         shown = (f"top-{k} {cell(f'zero_shot_top{k}', f'zero_shot_chance_top{k}')}" for k in (1, 5))
         lines.append("  ".join((f"{'zero-shot':16}", *shown)))

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from vlpfast.cli import assemble
+    from vlpfast.cli.evaluate import Evaluation, evaluate
     from vlpfast.evaluation.report import write_report
     from vlpfast.training import run_folder
     from vlpfast.training.config import to_yaml
@@ -89,11 +90,11 @@ def main(argv: list[str]) -> int:
         tokenizers = world.in_turn(lambda: assemble.build_tokenizers(config, sources.train, run_dir, world.is_first))
         model = assemble.build_model(config)
         assemble.give_classes(config, model, tokenizers, sources)
-        last = assemble.Evaluation({}, None, None)
+        last = Evaluation()
 
         def on_evaluate(step: int) -> dict[str, float]:
             nonlocal last
-            last = assemble.evaluate(config, model, tokenizers, sources, world.device, rank=world.rank, ranks=world.size)
+            last = evaluate(config, model, tokenizers, sources, world.device, rank=world.rank, ranks=world.size)
             assemble.give_classes(config, model, tokenizers, sources)  # evaluation may have others
             return last.metrics
 
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> int:
             return 0
         result = {"step": trainer.position.step, **last.metrics}
         run_folder.replace(run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        report = write_report(run_dir, evaluation=result, pairs=last.pairs, zero_shot=last.classified)
+        report = write_report(run_dir, evaluation=result, **last.sheets())
         print(f"report: {report}", file=sys.stderr)
     print(json.dumps(result))
     return 0

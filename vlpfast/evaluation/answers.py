@@ -73,14 +73,17 @@ Progressed = Callable[[int, int], None] | None
 
 
 def classify(
-    model: nn.Module, loader: Loader, device: torch.device | str, label: str, progress: Progressed = None, ranks: int = 1
+    model: nn.Module, loader: Loader, device: torch.device | str, label: str | None, progress: Progressed = None, ranks: int = 1
 ) -> Collected:
-    """ "logits" [N, K] and "labels" [N] of one pass; label: the batches' field. TypeError: the model does not classify."""
+    """ "logits" [N, K] of one pass, and "labels" [N]; label: their field of the batches, None: there is none.
+
+    TypeError: the model does not classify."""
     if not isinstance(model, Classifies):
         raise TypeError(f"model: {type(model).__name__} has no method classify")
 
     def make(batch: Batch) -> dict[str, Tensor]:
-        return {"logits": model.classify(batch).float(), "labels": batch[label]}
+        made = {"logits": model.classify(batch).float()}
+        return made if label is None else {**made, "labels": batch[label]}
 
     return collect(model, loader, device, make, progress, ranks)
 

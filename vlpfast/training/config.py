@@ -129,6 +129,12 @@ class EvaluationConfig:
     every: int = 0  # steps; 0: only at the end
     batch_size: int = 256
     zero_shot: bool = True
+    rerank: int = 128  # best candidates of each query that a model which reads pairs together puts in order; 0: none
+    answers: str = ""  # shards: a text file with one answer a line, from which a model that ranks answers chooses
+    references: list[str] = field(default_factory=list)  # templates of all that is right to write; empty: the model's own answer
+    max_new_tokens: int = 30  # of a text that is written
+    beams: int = 3
+    length_penalty: float = 1.0  # of the beams: the sum of log probabilities is divided by length ** this
     class_names: str = ""  # shards: a text file with one class name a line; "": no zero-shot classification
     label_field: str = (
         "label"  # shards: the field of the sample's JSON that holds the class, as its name or its line number from 0
@@ -233,26 +239,9 @@ def stage_data(config: RunConfig, name: str, stage: Stage) -> DataConfig:
 
 # What a stage may have of its own: the optimiser, its rates, the clipping of gradients.
 STAGE_TRAIN = (
-    "optimizer",
-    "optimizer_backend",
-    "lr",
-    "warmup_steps",
-    "warmup_lr",
-    "warmup_epochs",
-    "schedule",
-    "min_lr",
-    "power",
-    "cycle_steps",
-    "decay_at",
-    "decay_every",
-    "decay_factor",
-    "layer_decay",
-    "betas",
-    "eps",
-    "momentum",
-    "weight_decay",
-    "clip_grad_norm",
-    "clip_grad_value",
+    *("optimizer", "optimizer_backend", "lr", "layer_decay", "betas", "eps", "momentum", "weight_decay"),
+    *("warmup_steps", "warmup_lr", "warmup_epochs", "schedule", "min_lr", "power", "cycle_steps"),
+    *("decay_at", "decay_every", "decay_factor", "clip_grad_norm", "clip_grad_value"),
 )
 
 
