@@ -36,7 +36,7 @@ class Batch(TypedDict, total=False):
     cu_seqlens: Tensor  # [S + 1] int32 where in text.flatten() the documents and the rows' paddings begin, then B * L
     document: Tensor  # [S] int64 the document that each of these sequences is, -1: padding
     image_slots: Tensor  # [P] int64 where in text.flatten() each picture's first token is; picture p is image[p]
-    image_of: Tensor  # [P, 2] int64 the document of each picture, and which of its pictures it is
+    image_of: Tensor  # [P, 2] int64 the document of each picture, and which of its pictures it is; `index` and `key` are [D] here
     video: Tensor  # [B, T, 3, H, W] float32, normalised with the VideoSpec's mean and std
     frame_times: Tensor  # [B, T] float32 seconds from the video's first frame, NaN where they are unknown; on the CPU
     video_crop: Tensor  # [B, 5] as crop, of the video's frames as they are shown; on the CPU
@@ -360,6 +360,24 @@ class PointsSpec:
 
 
 @dataclass
+class DocumentSpec:
+    """Documents in packed rows, in place of all but `image`: the batch size counts rows of `length` tokens, see Batch.positions
+    and what follows there. A sample is a text (the member txt), or a text with pictures in it (the json's "parts" and members
+    0.jpg, 1.png, ...) as `vlpfast-data build documents` writes it; without DataSpec.image its texts alone. What is longer than a
+    row is cut (data/documents.py, `window`): in training anywhere, or near a picture.
+    """
+
+    length: int = 256  # tokens of a row
+    tokenizer: str = ""  # as TextSpec.tokenizer
+    image_token: str = "<image>"  # what stands for a picture, `tokens_per_image` times: of Vocabulary.extra, as end_token
+    tokens_per_image: int = 1
+    end_token: str = ""  # closes a picture's text (Flamingo's <|endofchunk|>); "": nothing does
+    max_images: int = 0  # pictures after so many are left out of a document; 0: none is
+    most_shift: int = 20  # tokens before its picture at which a cut begins, at most
+    asked: str = "all"  # what text_labels ask for; "pictured": only text that belongs to a picture, up to its end_token
+
+
+@dataclass
 class DataSpec:
     """Ties a model to its pipeline. A modality set to None is neither read nor yielded."""
 
@@ -371,6 +389,7 @@ class DataSpec:
     audio: AudioSpec | None = None
     volume: VolumeSpec | None = None
     points: PointsSpec | None = None
+    documents: DocumentSpec | None = None
 
 
 class Tokenizer(Protocol):

@@ -100,6 +100,7 @@ def test_given_ones_get_the_tokens_of_the_model(shards: str, tmp_path: Path) -> 
     ("vocabulary", "message"),
     [
         (Vocabulary(300, eos_id=7), "data.tokenizers.lm: expected the eos_id 2, the tokenizer's, the model clip has 7"),
+        (Vocabulary(300, eos_id=0), "expected the eos_id 2"),
         (Vocabulary(300, bos_id=2), "expected the bos_id 1"),
         (Vocabulary(300, pad_id=2), "expected the pad_id 0"),
         (Vocabulary(300, mask_id=4), "data.tokenizers.lm: the model clip hides words, the tokenizer has no mask token"),

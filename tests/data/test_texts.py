@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlpfast.data import ShardWriter, make_loader, train_tokenizer
+from vlpfast.data import ShardWriter, load_tokenizer, make_loader, train_tokenizer
 from vlpfast.data.masking import IGNORED, join_prompt_answer
 from vlpfast.data.modality import Draws
 from vlpfast.data.pictures import DamagedBatch, DamagedSample
@@ -232,6 +232,20 @@ def test_masks(tokenizer, by_words):
     assert not torch.equal(made(texts, records, draws(count=50, epoch=1))["a_labels"], fields["a_labels"])
     first = made(texts, records, draws(train=False, count=50))
     assert torch.equal(first["a"], fields["a"])
+
+
+@pytest.mark.parametrize("by_words", [False, True])
+def test_the_token_of_what_is_unknown_is_not_hidden(tmp_path, by_words):
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+    backend = Tokenizer(models.WordPiece({token: i for i, token in enumerate([*special, "red", "dog"])}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    mask = MaskSpec(1.0, words=by_words, shares=[1.0, 0.0])
+    fields = made(only(load_tokenizer(tmp_path), a=TextSpec(9, mask=mask)), [{"caption": "red zebra dog"}], draws())
+    assert fields["a"].tolist() == [[1, 5, 4, 6, 2, 0, 0, 0, 0]] and fields["a_masked"].tolist() == [[1, 3, 4, 3, 2, 0, 0, 0, 0]]
 
 
 def test_rows_of_a_sample_are_hidden_independently(tokenizer):

@@ -40,7 +40,7 @@ def dry_run(config: RunConfig) -> None:
     speed = Speed(model, world.device, autocast_dtype(config.train.precision, world.device))
     for number, (name, stage) in enumerate(config.stage_list()):
         with _first_batch(config, sources, tokenizers, world, name, stage) as batch:
-            if number == 0:
+            if number == 0 and "cu_seqlens" not in batch:  # packed documents are no rows of pictures
                 _write_sheet(batch, config, tokenizers)
             _stage(config, speed, batch, ranks, name, stage)
 
@@ -100,7 +100,7 @@ def _of_size(batch: Batch, samples: int, speed: Speed) -> Batch:
     """Shapes of so many samples, with as many rows for each as here (TextSpec.every)."""
     if speed.skeleton is None:
         return batch
-    loaded = len(batch["index"])
+    loaded = len(batch["text"] if "cu_seqlens" in batch else batch["index"])
     with speed.skeleton.fake:
         return {
             key: torch.empty((len(value) * samples // loaded, *value.shape[1:]), dtype=value.dtype, device=value.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vlpfast.data import ShardSet, load_tokenizer, train_tokenizer
-from vlpfast.data.loader import parse_json
+from vlpfast.data.loader import parse_json, read_records
 from vlpfast.data.mixture import open_sources
 from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.texts import Texts, texts_of
@@ -73,6 +73,9 @@ def vocabularies(config: RunConfig) -> dict[str, Vocabulary]:
             known = ", ".join(filter(None, asked)) or "none with a name"
             raise UserError(f"data.tokenizers: {config.model.name} has no tokenizer {name!r}{hint} (it has {known})")
     masks = set()
+    documents = config.model.config.data.documents
+    if documents is not None and documents.tokenizer not in asked:
+        raise UserError(f"model.data.documents.tokenizer: {config.model.name} has no tokenizer {documents.tokenizer!r}")
     for name, text in texts_of(config.model.config.data).items():
         if text.tokenizer not in asked:
             known = ", ".join(map(repr, asked)) or "none"
@@ -128,7 +131,10 @@ def texts_said(
     """What the texts written with a tokenizer say of the training samples, in all their templates, in the shards' order; of at
     most SAMPLES samples, evenly spread. Captions, if no text is written with it. Unusable samples are passed over."""
     texts = {of: text for of, text in texts_of(config.model.config.data).items() if text.tokenizer == name}
-    texts = {f"of_{of}": replace(text, tokenizer="", mask=None, every=False) for of, text in texts.items()} or {"of_": TextSpec()}
+    texts = {f"of_{of}": replace(text, tokenizer="", mask=None, every=False) for of, text in texts.items()}
+    documents = config.model.config.data.documents
+    of_documents = documents is not None and documents.tokenizer == name
+    texts = texts or ({} if of_documents else {"of_": TextSpec()})
     sources = list(config.data.mixture.values()) if isinstance(patterns, Mapping) else []
     own = [
         [{f"of_{text}": ways for text, ways in getattr(source, of).items() if f"of_{text}" in texts} for source in sources]
@@ -143,6 +149,8 @@ def texts_said(
     for chunk in np.array_split(chosen, max(1, len(chosen) // _CHUNK)):
         numbers = np.zeros(len(chunk), np.int64) if mixture is None else mixture.source_of(chunk)
         yield from _said(written, shards, chunk, numbers)
+        if of_documents:
+            yield from _documents_said(shards, chunk)
 
 
 def _said(written: Texts, shards: ShardSet, chunk: np.ndarray, sources: Sequence[int]) -> Iterator[str]:
@@ -156,3 +164,18 @@ def _said(written: Texts, shards: ShardSet, chunk: np.ndarray, sources: Sequence
             continue
         for said in written.say(info).values():
             yield from said
+
+
+def _documents_said(shards: ShardSet, chunk: np.ndarray) -> Iterator[str]:
+    """The texts of documents and of what is between their pictures."""
+    for content, record in zip(shards.read(chunk, ("txt",)), read_records(shards, chunk), strict=True):
+        try:
+            parts = record.get("parts")
+            if isinstance(parts, list):
+                texts = [part["text"] for part in parts if "text" in part]
+                "".join(texts).encode()
+            else:
+                texts = [] if content is None else [content.tobytes().decode("utf-8")]
+        except (UnicodeError, TypeError, KeyError):  # what the loader will leave out
+            continue
+        yield from texts

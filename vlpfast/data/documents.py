@@ -57,7 +57,12 @@ def interleaved_document(
     parts = record.get("parts")
     if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
         raise DamagedSample('the json has no list "parts" of {"text": ...} and {"image": ...}')
-    words = iter(tokenizer.pieces([part["text"] for part in parts if "text" in part]))
+    texts = [part["text"] for part in parts if "text" in part]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:  # "\ud800": JSON can say what no text may hold, and tokenizers refuse
+        raise DamagedSample(f'"parts" in the json member hold what is not a text: {error}') from error
+    words = iter(tokenizer.pieces(texts))
     ids: list[int] = [tokenizer.bos_id]
     slots: list[int] = []
     members: list[str] = []

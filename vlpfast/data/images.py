@@ -19,7 +19,7 @@ from vlpfast.data.shards import IMAGE_EXTENSIONS
 from vlpfast.data.views import VIEW_DRAWS, View, plan_view, view_specs
 from vlpfast.types import ImageSpec, UserError, ViewSpec
 
-_PICTURE_DRAWS = 1 << 48  # picture p of sample i draws what sample i + p * this would
+PICTURE_DRAWS = 1 << 48  # picture p of sample i draws what sample i + p * this would
 
 
 class _Info(NamedTuple):
@@ -70,7 +70,7 @@ class ImageModality:
         sizes = np.array([size for info in infos for size in info.sizes], np.int64)  # [B * pictures, 2]
         if self._spec.pictures > 1:  # all are decoded as if each were a sample
             contents = [picture for pictures in contents for picture in pictures]
-            index = draws.index[:, None] + np.arange(self._spec.pictures) * _PICTURE_DRAWS  # [B, pictures]
+            index = draws.index[:, None] + np.arange(self._spec.pictures) * PICTURE_DRAWS  # [B, pictures]
             draws = draws._replace(index=index.ravel())
         plain, local = view_specs(self._spec, draws.train)
         pixels = [self._spec.size] * len(plain) + [self._spec.local_size] * len(local)

@@ -26,7 +26,7 @@ from vlpfast.data.pictures import DamagedBatch, DamagedSample
 from vlpfast.data.position import EpochCourse, Position, PureCourse, merge_positions
 from vlpfast.data.shards import ShardSet
 from vlpfast.data.subset import Subset
-from vlpfast.data.texts import Info, Texts
+from vlpfast.data.texts import Texts
 from vlpfast.types import Batch, DataSpec, Loader, Tokenizer, UserError
 
 _log = logging.getLogger(__name__)
@@ -40,21 +40,21 @@ _MODALITIES = {  # field of DataSpec -> who makes it, loaded when it is asked fo
 
 
 @dataclass
-class _Sample:
+class Sample:
     index: int
-    texts: Info
+    texts: Any  # what its texts are made from: an Info, or a document (packing.py)
     meta: dict[str, Any]  # the JSON; {} if there is none or nobody asked for it
     contents: dict[str, np.ndarray]  # modality -> the member's bytes
     infos: dict[str, Any]  # modality -> what its inspect() told
 
 
 @dataclass
-class _Plan:
+class Plan:
     """A batch before its modalities are received: everything that is decided on the host."""
 
     start: Position
     end: Position
-    samples: list[_Sample]
+    samples: list[Sample]
     tickets: np.ndarray  # int64 [B] what random choices are made from (mixture.py)
     left_out: list[int]  # damaged samples between start and end
     batch: Batch
@@ -126,8 +126,15 @@ def make_loader(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    tokenizers = tokenizer if isinstance(tokenizer, Mapping) else {"": tokenizer}
+    packing = None
+    if spec.documents is not None:
+        packing = importlib.import_module("vlpfast.data.packing")
+        packing.check_documents(spec, tokenizers.get(spec.documents.tokenizer))
+        if pure_batches:
+            raise UserError("pure_batches: a batch of documents is of any number of samples, so it cannot be of one source each")
     own = [[(of or {}).get(name, {}) for name in names if templates or answers] for of in (templates, answers)]
-    texts = Texts(spec, tokenizer if isinstance(tokenizer, Mapping) else {"": tokenizer}, *own)
+    texts = Texts(spec, tokenizers, *own)
     modalities = _modalities(spec, threads, batch_size, device, backend)
     members = {}
     for name, make in modalities.items():
@@ -137,12 +144,13 @@ def make_loader(
     mixture = None
     if isinstance(patterns, Mapping):
         shards, mixture = open_sources(patterns, weights or {}, threads=threads, subset=subset)
+        members = {"documents": ("txt", "json")} if packing is not None else members
         check_members(shards, mixture, [members | texts.members(source) for source in range(len(names))])
     else:
         shards = ShardSet(patterns, threads=threads)
         shards = shards if subset is None else Subset(shards, subset)
     texts.targets.measure(read_records(shards, range(min(len(shards), LOOK_AT))) if spec.targets else [])
-    if train and len(shards) // world_size < batch_size:
+    if train and packing is None and len(shards) // world_size < batch_size:
         raise UserError(
             f"{len(shards)} samples in {len(shards.shards)} shards are fewer than one global batch of {world_size * batch_size}"
             + (f" ({world_size} ranks of {batch_size})" if world_size > 1 else "")
@@ -169,9 +177,11 @@ def make_loader(
         "world_size": world_size,
         "rank": rank,
     }
-    return ShardLoader(
-        shards, mixture, course, identity, spec, texts, batch_size, modalities, train, seed, device, ahead, with_meta
-    )
+    made = (shards, mixture, course, identity, spec, texts, batch_size, modalities, train, seed, device, ahead, with_meta)
+    if packing is not None:
+        packed = {"documents": spec.documents, "image": spec.image, "tokenizer": tokenizers[spec.documents.tokenizer]}
+        return packing.DocumentLoader(*made, **packed)
+    return ShardLoader(*made)
 
 
 def _modalities(
@@ -311,14 +321,14 @@ class ShardLoader:
                 self.skipped[name] = self._damaged[index]
                 _log.warning("left out %s: %s", name, self._damaged[index])
 
-    def _produce(self, position: Position) -> Iterator[_Plan]:
+    def _produce(self, position: Position) -> Iterator[Plan]:
         """Plans with whole batches, from `position` on; runs in the thread that works ahead."""
         modalities = {}
         with contextlib.ExitStack() as stack:
             for name, make in self._makers.items():
                 modalities[name] = stack.enter_context(contextlib.closing(make()))
             self._texts.reset()
-            plans: deque[_Plan] = deque()
+            plans: deque[Plan] = deque()
             while True:
                 while len(plans) < self._ahead and (plan := self._plan(modalities, position)) is not None:
                     self._submit(modalities, plan)
@@ -348,7 +358,7 @@ class ShardLoader:
                     self._stream.synchronize()
                 yield plan
 
-    def _submit(self, modalities: dict[str, Modality], plan: _Plan) -> None:
+    def _submit(self, modalities: dict[str, Modality], plan: Plan) -> None:
         draws = Draws(self._seed, plan.end.epoch, plan.tickets, self._train)
         records = [sample.meta for sample in plan.samples]
         self._texts.submit([sample.texts for sample in plan.samples], draws)
@@ -358,7 +368,7 @@ class ShardLoader:
 
     # --- planning -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, modalities: dict[str, Modality], start: Position) -> _Plan | None:
+    def _plan(self, modalities: dict[str, Modality], start: Position) -> Plan | None:
         """The next batch from `start` on; None at the end of an evaluation pass. What it holds does not depend on when
         damage is found.
         """
@@ -366,7 +376,7 @@ class ShardLoader:
         left_out: list[int] = []
         while True:
             begun, seen = position, 0
-            samples: list[_Sample] = []
+            samples: list[Sample] = []
             tickets: list[int] = []
             # The limit is met only where sources do not end, by one without enough whole samples for a batch.
             while (missing := self.batch_size - len(samples)) and seen <= len(self._shards) + self.batch_size:
@@ -382,7 +392,7 @@ class ShardLoader:
                 left_out += [index for index in indices if index in self._damaged]
             if not missing or (samples and not self._train):
                 end = self._course.finished(position)
-                plan = self._assemble(_Plan(start, end, samples, np.array(tickets), left_out, {}))
+                plan = self._assemble(Plan(start, end, samples, np.array(tickets), left_out, {}))
                 if self._mixture is not None:
                     plan.batch["source"] = torch.from_numpy(self._mixture.source_of(plan.batch["index"].numpy()))
                 return plan
@@ -397,7 +407,7 @@ class ShardLoader:
                 return None
             position = self._course.next_epoch(begun)
 
-    def _read(self, modalities: dict[str, Modality], indices: list[int]) -> list[_Sample]:
+    def _read(self, modalities: dict[str, Modality], indices: list[int]) -> list[Sample]:
         """Those of the samples that can be used, as far as can be told without decoding; the others are noted in _damaged."""
         members = {name: _contents(self._shards, indices, modality) for name, modality in modalities.items()}
         captioned = self._texts.captions
@@ -418,10 +428,10 @@ class ShardLoader:
             except DamagedSample as error:
                 self._damaged[index] = str(error)
             else:
-                samples.append(_Sample(index, said, record, contents, infos))
+                samples.append(Sample(index, said, record, contents, infos))
         return samples
 
-    def _assemble(self, plan: _Plan) -> _Plan:
+    def _assemble(self, plan: Plan) -> Plan:
         index = np.array([sample.index for sample in plan.samples])
         batch: Batch = {"index": torch.from_numpy(index), "key": [self._shards.key(sample.index) for sample in plan.samples]}
         if self._with_meta:
