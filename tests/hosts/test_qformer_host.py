@@ -73,6 +73,7 @@ def encoded(host: AlignedQueries, **options: object) -> tuple[Tensor, Encoded]:
 def test_the_tower_is_frozen_for_good() -> None:
     host, (image, _, _) = make(dropout=0.1), inputs()
     host.train()
+    assert not any(p.requires_grad for p in host.vision.parameters())
     assert host.qformer.training and not host.vision.training and not host.vision.dropout.training
     assert torch.equal(host.image_tokens(image), host.image_tokens(image))
     nn.Sequential(host).train()
@@ -82,9 +83,12 @@ def test_the_tower_is_frozen_for_good() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         host.image_tokens(image)
     assert not any(t.shape == image.shape for t in saved)  # no graph in the tower
+    host.vision.requires_grad_(True)  # whatever a stage's patterns say
+    tokens = host.image_tokens(image.requires_grad_(True))
     tokens.square().sum().backward()
+    assert image.grad is None
     assert host.norm.weight.grad.any() and host.norm.bias.grad.any()
-    assert all(p.grad is None and not p.requires_grad for p in host.vision.parameters())
+    assert all(p.grad is None for p in host.vision.parameters())
 
 
 def test_frames_folded_are_frames_in_turn() -> None:
@@ -168,6 +172,15 @@ def test_matching_is_that_of_pairs_one_by_one(by_picture: bool) -> None:
     torch.testing.assert_close(host.match(e), expected, rtol=1e-4, atol=1e-5)
     if not by_picture:
         torch.testing.assert_close(host.score_pairs(tokens, text, mask), torch.stack(logits)[::3, 1])
+
+
+def test_pairs_without_a_negative_count_alone() -> None:
+    host = make().eval()
+    tokens, e = encoded(host)
+    _, text, mask = inputs()
+    logits = host.itm_head(host.qformer.encode_pairs(text, mask, tokens)[0]).mean(1)
+    expected = F.cross_entropy(logits, torch.ones(B, dtype=torch.int64))
+    torch.testing.assert_close(host.match(e, ids=torch.zeros(B, dtype=torch.int64)), expected)
 
 
 def test_negatives_are_drawn_by_the_best_query() -> None:

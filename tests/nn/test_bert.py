@@ -27,8 +27,13 @@ B, L, T = 6, 7, 5
 
 
 def make(**changes: object) -> Bert:
+    """Weights large enough for attention to be far from uniform."""
     torch.manual_seed(0)
-    return Bert(replace(SMALL, **changes))
+    bert = Bert(replace(SMALL, **changes))
+    for parameter in bert.parameters():
+        if parameter.ndim == 2:
+            parameter.data.mul_(8)
+    return bert
 
 
 def inputs(lengths: tuple[int, ...] = (7, 3, 1, 5, 7, 4)) -> tuple[Tensor, Tensor, Tensor]:
@@ -235,7 +240,8 @@ def test_without_a_context_its_layers_are_left_out() -> None:
 
 @pytest.mark.parametrize("context_mask", [None, torch.bool, torch.float32])
 def test_a_shared_context_is_a_copied_one(context_mask: torch.dtype | None) -> None:
-    bert, (text, mask, context) = make(), inputs()
+    bert, (text, mask, context) = make().double(), inputs()
+    context = context.double()
     seen = None if context_mask is None else (torch.rand(B // 2, T) > 0.4).index_fill(1, torch.tensor([0]), True).to(context_mask)
     results = []
     for copies in (1, 2):
@@ -243,9 +249,9 @@ def test_a_shared_context_is_a_copied_one(context_mask: torch.dtype | None) -> N
         rows = context.repeat_interleave(copies, dim=0)
         rows_seen = None if seen is None else seen.repeat_interleave(copies, dim=0)
         states = bert(text, mask, context=rows, context_mask=rows_seen)
-        found = gradients(bert, (states * torch.arange(B)[:, None, None]).square().sum())
+        found = gradients(bert, (states * torch.arange(B)[:, None, None]).pow(3).sum())
         results.append((states, found, context.grad.clone()))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-8)
     assert len(results[0][1]) == len(list(bert.parameters()))
 
 
@@ -334,12 +340,22 @@ def test_cached_decoding_is_uncached(prompt: int, left_padded: bool) -> None:
         part = None if mask is None else mask[:, :stop]
         first = {"context": context, "context_mask": seen} if not start else {}
         states.append(bert(text[:, start:stop], part, mask="causal", cache=cache, **first))
-        assert cache.length == stop
+        assert cache.length() == cache.length(3) == stop
     rows = torch.ones(B, L, dtype=torch.bool) if mask is None else mask
     torch.testing.assert_close(torch.cat(states, dim=1)[rows], expected[rows], rtol=1e-4, atol=1e-5)
 
 
-def test_the_context_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halves_share_a_cache() -> None:
+    bert, (text, _, context) = make(), inputs((L,) * B)
+    expected = bert(text, mask="causal", context=context)
+    cache, states = BertCache(), []
+    for start, stop in ((0, 3), (3, 5), (5, 7)):
+        half = bert(text[:, start:stop], mask="causal", layers=range(2), cache=cache)
+        states.append(bert.run(half, mask="causal", context=context, layers=range(2, 4), cache=cache))
+    torch.testing.assert_close(torch.cat(states, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_context_is_read_once() -> None:
     bert, (text, _, context) = make(), inputs((L,) * B)
     calls = []
     for layer in bert.layers[2:]:
@@ -382,9 +398,9 @@ def test_a_context_for_another_pass() -> None:
     again = bert(text, mask, cache=cache.of_context(rows))
     expected = bert(text, mask, context=context[rows])
     torch.testing.assert_close(again, expected)
-    (a,), (b,) = (torch.autograd.grad(states.square().sum(), context) for states in (again, expected))
+    (a,), (b,) = (torch.autograd.grad(states.pow(3).sum(), context) for states in (again, expected))
     torch.testing.assert_close(a, b)
-    assert cache.of_context().length == 0
+    assert cache.of_context().length() == 0
 
 
 # --- gradients, weights, dropout --------------------------------------------------------------------------------------
@@ -392,9 +408,9 @@ def test_a_context_for_another_pass() -> None:
 
 def test_gradients_reach_what_was_passed_through() -> None:
     bert, (text, mask, context) = make(), inputs()
-    found = gradients(bert, bert(text, mask, layers=range(2)).square().sum())
+    found = gradients(bert, bert(text, mask, layers=range(2)).pow(3).sum())
     assert not [name for name in found if name.startswith(("layers.2", "layers.3"))]
-    found = gradients(bert, bert(text, mask, context=context)[:, 0].square().sum())
+    found = gradients(bert, bert(text, mask, context=context)[:, 0].pow(3).sum())
     assert set(found) == {name for name, _ in bert.named_parameters()}
     assert not found["token_embed.weight"][0].any() and found["token_embed.weight"][1:].any()
     dead = [name for name, gradient in found.items() if not gradient.any()]
@@ -486,6 +502,8 @@ def test_half_precision_under_autocast() -> None:
         cache = BertCache()
         decoded = [bert(text[:, i : i + 1], mask="causal", context=context, cache=cache) for i in range(L)]
         causal = bert(text, mask="causal", context=context)
+        biased = bert(text, mask, context=context, context_mask=torch.zeros(B // 2, T))
+    torch.testing.assert_close(biased, states, rtol=0.05, atol=0.05)
     assert states.dtype == loss.dtype == torch.float32 and cache.layers[0].tokens[0].dtype == torch.bfloat16
     assert not torch.equal(states, exact)
     torch.testing.assert_close(states[mask], exact[mask], rtol=0.05, atol=0.05)
@@ -502,7 +520,7 @@ def test_checkpointing_changes_memory_alone() -> None:
         kept: list[int] = []
         torch.manual_seed(3)
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            loss = bert(text, mask, context=context).square().sum()
+            loss = bert(text, mask, context=context).pow(3).sum()
         results.append((gradients(bert, loss), sum(kept)))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
     assert results[1][1] < results[0][1] / 3

@@ -70,10 +70,10 @@ class BertCache:
         self.layers: dict[int, LayerCache] = {}
         self.prefix = 0  # so many at the front are queries (QFormer), which positions do not count
 
-    @property
-    def length(self) -> int:
-        """Tokens of each row so far, the prefix among them."""
-        return next((cache.tokens[0].shape[2] for cache in self.layers.values() if cache.tokens is not None), 0)
+    def length(self, layer: int = 0) -> int:
+        """Tokens of each row that have passed through a layer, the prefix among them."""
+        tokens = self.layers.get(layer, LayerCache()).tokens
+        return 0 if tokens is None else tokens[0].shape[2]
 
     def reorder(self, rows: Tensor, context_rows: Tensor | None = None) -> None:
         """rows [B] int64: row i goes on as what row rows[i] was.
@@ -228,8 +228,8 @@ class Bert(nn.Module):
 
     def forward(self, text: Tensor, text_mask: Tensor | None = None, **options: Any) -> Any:
         """text [B, L] int64 -> what `run` gives for its embeddings; with a cache, positions go on from there."""
-        past = options["cache"].length if options.get("cache") is not None else 0
-        positions = torch.arange(past, past + text.shape[1], device=text.device)
+        past = options["cache"].length() if options.get("cache") is not None else 0
+        positions = torch.arange(past, past + text.shape[1], device=text.device) if past else None
         return self.run(self.embed(text, positions), text_mask, **options)
 
     def embed(self, text: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -271,7 +271,7 @@ class Bert(nn.Module):
             ValueError: a wrong argument, named.
         """
         chosen = range(len(self.layers)) if layers is None else layers
-        past = 0 if cache is None else cache.length
+        past = 0 if cache is None else cache.length(chosen[0])
         seen = self_mask(mask, text_mask, x.shape[0], x.shape[1], past, x.device)
         if context is not None and not any(self.layers[i].cross is not None for i in chosen):
             raise ValueError(f"context: expected None, because no layer of {chosen} has a cross-attention")

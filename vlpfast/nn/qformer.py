@@ -174,7 +174,7 @@ class QFormer(nn.Module):
             return self._run(None, self._embed_text(text), self_mask("joint", text_mask, *text.shape, 0, text.device), None)[1]
         if not cache.prefix:
             raise ValueError("cache: expected one that encode_queries has filled, got an empty one")
-        past = cache.length
+        past = cache.length()
         if text_mask is not None:
             text_mask = F.pad(text_mask, (cache.prefix, 0), value=True)
         mask = self_mask("causal", text_mask, *text.shape, past, text.device)
