@@ -49,7 +49,7 @@ def finetuning_image(**changes: Any) -> ImageSpec:
 
 def tiny_towers(**text: Any) -> dict[str, Any]:
     """For 64 x 64 pictures and a tokenizer trained here: 1.6 million parameters beside their momentum copies."""
-    vision = ViTConfig.deit(patch_size=8, width=128, layers=3, heads=2, stem=[32, 64], patch_bias=False, norm_eps=1e-5)
+    vision = ViTConfig.deit(patch_size=16, width=128, layers=3, heads=2, stem=[32, 64, 64], patch_bias=False, norm_eps=1e-5)
     sizes = {"vocab_size": 1024, "width": 128, "layers": 4, "heads": 2, "hidden": 512, "max_positions": 64, "context_width": 128}
     return {"vision": vision, "text": BertConfig(**{**sizes, "cross_attention": [2, 3], **text})}
 

@@ -139,7 +139,7 @@ class TCLVQA(Distilled):
             part = slice(begin, begin + step)
             rows = chosen[part].flatten()  # a question's answers stand together and share its states
             found = network.answered(candidates[rows], states[part], batch["question_mask"][part])
-            likelihood = token_logprob(found.hidden, found.weight, labels[rows], bias=network.mlm_head.bias)
+            likelihood = token_logprob(network.mlm_head(found.hidden), found.weight, labels[rows], bias=network.mlm_head.bias)
             scores[part] = scores[part].scatter(1, chosen[part], likelihood.sum(1).view(-1, count))
         return scores
 

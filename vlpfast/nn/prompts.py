@@ -76,7 +76,9 @@ class PromptLearner(nn.Module):
         if not names or not all(names):
             raise UserError(f"classes: expected names, got {'none' if not names else 'an empty one'}")
         if config.class_specific and len(names) != config.class_specific:
-            raise UserError(f"prompt.class_specific: expected as many as there are classes, {len(names)}, got {config.class_specific}")
+            raise UserError(
+                f"prompt.class_specific: expected as many as there are classes, {len(names)}, got {config.class_specific}"
+            )
         alone, sentences = (_pieces(texts, tokenizer, context_length) for texts in (names, [f"{name}." for name in names]))
         rows = []  # for each class token ids, and below them slots
         vectors = range(self.before), range(self.before, config.tokens)

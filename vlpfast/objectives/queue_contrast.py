@@ -48,10 +48,9 @@ def queue_contrastive_loss(
     # Of a loss near zero the rounding of the own logits would be all of the error: in double.
     own_logit = scale * (x.double() * mine.double()).sum(1)  # [n]
     if teacher is None:
-        student = torch.logaddexp(
-            pair_logsumexp(x, keys, scale, own=own, directions="rows"),
-            pair_logsumexp(x, queue, scale, own=None, directions="rows") - own_logit,
-        )
+        near = pair_logsumexp(x, keys, scale, own=own, directions="rows", stash_bytes=0)
+        far = pair_logsumexp(x, queue, scale, own=None, directions="rows", stash_bytes=0)
+        student = torch.logaddexp(near, far - own_logit)
         loss = F.softplus(student, threshold=40)
     else:
         scale_t = scale.detach()
