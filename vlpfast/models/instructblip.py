@@ -54,9 +54,9 @@ class InstructBLIP(nn.Module):
     theirs come with the sample, from data that was not published.
 
     The sheet's unknowns: pictures are cut and mirrored as LAVIS' processor does by default; lengths are 128 tokens of instruction
-    (its beginning is cut), 256 of answer (its end is cut). Batches are of one data set: data.pure_batches, and weights in
-    proportion to the square roots of their sizes: data.mixture. Generation: 5 beams, repetition penalty 1.5; length penalty 1 for
-    descriptions, -1 for short answers.
+    (its beginning is cut), 256 of answer (its end is cut). Batches are of one data set, drawn in proportion to the square root of
+    its size: data.pure_batches=true and data.weights=sqrt over data.mixture. Generation: 5 beams, repetition penalty 1.5; length
+    penalty 1 for descriptions, -1 for short answers.
     """
 
     writes_with = "lm"
@@ -92,7 +92,7 @@ class InstructBLIP(nn.Module):
 
         @classmethod
         def tiny(cls) -> InstructBLIP.Config:
-            """For the embedded data on a CPU: 64 x 64 pictures, 2 queries, 1.5 million parameters; ids of tokenizers trained
+            """For the embedded data on a CPU: 64 x 64 pictures, 2 queries, 1.6 million parameters; ids of tokenizers trained
             here."""
             qformer = QFormerConfig(
                 vocab_size=1024,
