@@ -12,6 +12,7 @@ from contract import losses_of, make_batch, optimizer_for, pick, train
 from ranks import run
 from torch import Tensor
 
+from vlpfast.data import load_tokenizer
 from vlpfast.models.instructblip import InstructBLIP
 from vlpfast.nn.lm import LMConfig
 from vlpfast.nn.lora import LoRAConfig
@@ -151,6 +152,20 @@ def test_released_language_models_are_settings() -> None:
     vicuna = replace(config, language=LMConfig("vicuna-7b", {"vocab_size": 32001, "pad_token_id": 32000}, dtype="float16"))
     asked = vicuna.vocabularies()["lm"]
     assert (asked.size, asked.eos_id, asked.pad_id, asked.bos_id) == (32001, 2, 32000, None)
+
+
+def test_tokenizer_files_of_t5_are_read(tmp_path: Path) -> None:
+    """They name no begin token; PrefixLM drops the one that the loader puts there."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "where": 3, "here": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    asked = InstructBLIP.Config().vocabularies()["lm"]
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (asked.eos_id, asked.pad_id) == (1, 0)
+    ids, mask = tokenizer.encode(["where"], 5)
+    assert ids.tolist() == [[0, 3, 1, 0, 0]] and mask.tolist() == [[True, True, True, False, False]]
 
 
 # --- sizes
