@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,41 @@ def test_tables_on_a_terminal(checks: list[selfcheck.Check], monkeypatch: pytest
     checks.append(selfcheck.Check("clip_loss", "cpp", torch.float64, False, "shape [3, 4]"))
     assert doctor.main([]) == 1
     assert "\x1b[31mWRONG" in screen.getvalue() and "shape [3, 4]" in screen.getvalue() and "┃" in screen.getvalue()
+
+
+def test_a_package_that_is_missing_says_how_to_get_it(
+    checks: list[selfcheck.Check], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extras = {"av": "video", "soundfile": "audio", "pydicom": "medical", "nibabel": "medical", "trimesh": "points"}
+    extras |= {"pyarrow": "build", "wandb": "wandb", "transformers": "llm"}
+    found = doctor.version
+    monkeypatch.setattr(
+        doctor, "version", lambda names: "1.0" if names[0] == "av" else found(names) if names == ("rich",) else None
+    )
+    assert doctor.main([]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert "pip install" not in lines["av"] and "pip install" not in lines["rich"] and " 1.0 " in lines["av"]
+    for name in extras.keys() - {"av"}:
+        assert " absent " in lines[name] and lines[name].endswith(f"pip install 'vlpfast[{extras[name]}]'")
+    assert lines["tensorboard"].endswith("pip install tensorboard")
+
+
+def test_every_extra_that_is_named_brings_the_package() -> None:
+    """What the doctor says is what pyproject.toml does, and no package of an extra for users is left out."""
+    tomllib = pytest.importorskip("tomllib", reason="waits for Python 3.11")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    brought = {
+        extra: {re.split(r"[<>=;\s]", requirement)[0] for requirement in requirements}
+        for extra, requirements in project["optional-dependencies"].items()
+        if extra != "dev"
+    }
+    for names, (_, install) in doctor.PACKAGES.items():
+        if extra := re.fullmatch(r"pip install 'vlpfast\[(\w+)\]'", install):
+            assert names[0] in brought[extra[1]], names
+        elif install == "pip install vlpfast":
+            assert any(requirement.startswith(names[0]) for requirement in project["dependencies"]), names
+    known = {names[0] for names in doctor.PACKAGES}
+    assert {extra: packages - known for extra, packages in brought.items() if packages - known} == {}
 
 
 def test_another_package_by_the_name_of_apex(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

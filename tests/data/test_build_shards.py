@@ -466,7 +466,7 @@ def test_volumes_and_meshes_come_from_their_own_readers(tmp_path: Path, monkeypa
             raise DamagedSample("no affine")
         return {"vol": Path(path).read_bytes(), "json": b'{"spacing": [1, 2, 3]}'}
 
-    def dicom_series(folder: str):
+    def dicom_series(folder: str, reports: None):
         yield "s/1", {"vol": b"1", "json": b"{}"}
         yield "s/1", {"vol": b"2", "json": b"{}"}
         raise DamagedSample("slices are missing")

@@ -499,9 +499,21 @@ def test_bad_nifti(tmp_path):
         with pytest.raises(DamagedSample, match=message):
             nifti(path)
             pytest.fail(f"{name} was taken")
-    other = save_nifti(tmp_path / "other.nii", np.zeros((9, 9, 9), np.int16), np.diag([2, 2, 2, 1.0]))
-    with pytest.raises(DamagedSample, match="label map lies on another grid"):
+    other = save_nifti(tmp_path / "other.nii", np.zeros((9, 9, 8), np.int16))
+    with pytest.raises(DamagedSample, match=r"label map lies on another grid: \(9, 9, 8\) voxels, the volume has \(9, 9, 9\)"):
         nifti(str(tmp_path / "whole.nii.gz"), labels=other)
+    for change, apart in (
+        (np.diag([1.02, 1, 1, 1]), "0.16"),
+        (np.eye(4) + 0.2 * np.eye(4, k=3), "0.2"),
+        (np.eye(4)[[1, 0, 2, 3]], "11.31"),
+    ):
+        other = save_nifti(tmp_path / "other.nii", np.zeros((9, 9, 9), np.int16), change)
+        with pytest.raises(DamagedSample, match=rf"label map lies elsewhere: .* {apart} mm"):
+            nifti(str(tmp_path / "whole.nii.gz"), labels=other)
+    other = save_nifti(tmp_path / "other.nii", np.zeros((9, 9, 9), np.int16), np.diag([1.005, 1, 1, 1]))  # 0.04 at most
+    nifti(str(tmp_path / "whole.nii.gz"), labels=other)
+    with pytest.raises(DamagedSample, match="the label map: cannot be read"):
+        nifti(str(tmp_path / "whole.nii.gz"), labels=str(tmp_path / "cut.nii.gz"))
     halves = save_nifti(tmp_path / "halves.nii", np.full((9, 9, 9), 0.5, np.float32))
     with pytest.raises(DamagedSample, match="something else than whole numbers"):
         nifti(str(tmp_path / "whole.nii.gz"), labels=halves)

@@ -14,6 +14,7 @@ from vlpfast.data import points as points_module
 from vlpfast.data.modality import Draws
 from vlpfast.data.pictures import DamagedBatch, DamagedSample
 from vlpfast.data.points import PointsModality, farthest_points, mesh
+from vlpfast.data.points_file import read_header
 from vlpfast.types import DataSpec, PointsSpec, UserError
 
 trimesh = pytest.importorskip("trimesh")
@@ -219,6 +220,23 @@ def test_damaged_members(name):
     content, message = BAD[name]
     with pytest.raises(DamagedSample, match=message):
         views(PointsSpec(), [content])
+
+
+@pytest.mark.filterwarnings("ignore:Reading:UserWarning")  # numpy takes some of them for files of Python 2
+def test_changed_bytes_of_headers():
+    """Whatever stands there, the points are as they were, or damaged; among what numpy raises: TokenError, SyntaxError."""
+    content = npy(cloud(9, 3))
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(20 * FUZZ):
+        changed = content.copy()
+        places = generator.integers(0, 128, generator.integers(1, 5))
+        changed[places] = generator.choice([*b"'(){}[],:#\\\"\n 0-9eT<>f", generator.integers(256)], len(places))
+        try:
+            assert read_header(changed).shape in ((9, 3), (9, 6), (18, 3))
+        except DamagedSample:
+            refused += 1
+    assert refused > 10 * FUZZ
 
 
 def test_late_damage_and_missing_colours():

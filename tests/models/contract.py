@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vlpfast import models
-from vlpfast.types import Batch, DataSpec, Progress, TakesClasses, TextSpec
+from vlpfast.types import Batch, DataSpec, ImageSpec, Progress, TakesClasses, TextSpec, ViewSpec, VolumeSpec
 
 PAD, BOS, EOS, MASK, WORDS = 0, 1, 2, 3, range(4, 60)  # the ids of every tokenizer trained here, as the tiny presets expect them
 CLASS_NAMES = ["ant", "brown_bear", "cat", "dog with a long tail", "elk"]  # of a TargetSpec that has none of its own
@@ -24,7 +24,8 @@ class Case:
     published_parameters: int  # of the Config's defaults, without momentum copies
     losses: set[str]
     copies: tuple[str, str] = ("", "")  # beginnings of names: parameters that before_step moves, and those that they follow
-    by_heart: float = 0.1  # share of the first loss that twenty steps on one batch must leave at most
+    by_heart: float = 0.1  # how far 20 steps on one batch bring the sum of its losses down
+    lr: float = 1e-3  # of these steps
 
 
 COPIES = ("momentum.module.", "online.")
@@ -42,7 +43,7 @@ CASES = {
     "tcl_assignment": Case(259_000_000, {"assign"}),
     "tcl_entailment": Case(209_500_000, {"label"}, copies=COPIES),
     # RN50 and 16 vectors; few vectors between towers of random weights that stay as they are learn little by heart
-    "coop": Case(published_parameters=102_007_137 + 8_192, losses={"classification"}, by_heart=0.6),
+    "coop": Case(published_parameters=102_007_137 + 8_192, losses={"classification"}, by_heart=0.75, lr=1e-2),
 }
 
 
@@ -74,20 +75,15 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def make_batch(data: DataSpec, size: int, *, seed: int = 0) -> Batch:
-    """Random pictures, texts of random length, targets, videos and sounds, as a training loader with this DataSpec would yield
-    them."""
-    known = {"image", "text", "texts", "targets", "video", "audio"}
+    """Random samples of every modality, as a training loader with this DataSpec would yield them: its fields, shapes and dtypes,
+    but for `key`, the one that is no tensor. Texts are of random length."""
+    known = {"image", "text", "texts", "targets", "video", "audio", "volume", "points"}
     unknown = {field.name for field in fields(data) if getattr(data, field.name)} - known
     assert not unknown, f"make_batch cannot make {unknown}: teach it"
     generator = torch.Generator().manual_seed(seed)
     batch: Batch = {"index": torch.arange(size)}
-    if (image := data.image) is not None:
-        pictures = [image.pictures] if image.pictures > 1 else []
-        views = pictures + ([sum(view.count for view in image.views)] if image.views else [])
-        batch["image"] = torch.randn(size, *views, 3, image.size, image.size, generator=generator)
-        if image.local_views:
-            local = sum(view.count for view in image.local_views)
-            batch["image_local"] = torch.randn(size, *pictures, local, 3, image.local_size, image.local_size, generator=generator)
+    if data.image is not None:
+        batch.update(pictures(data.image, size, generator))
     for name, spec in texts_of(data).items():
         batch |= captions(name, spec, size, generator)
     for name, target in data.targets.items():
@@ -101,12 +97,77 @@ def make_batch(data: DataSpec, size: int, *, seed: int = 0) -> Batch:
         if video.short_frames:
             batch["short_video"] = torch.randn(size, video.short_frames, 3, video.size, video.size, generator=generator)
             batch["short_times"] = torch.rand(size, video.short_frames, generator=generator).cumsum(1)
+        batch["video_crop"] = cuts([size], 2, 1, generator)
     if (audio := data.audio) is not None:
         samples = round(audio.seconds * audio.sample_rate)
         frames = samples // audio.hop + (not audio.drop_last_frame)
         shape = (size, samples) if audio.features == "waveform" else (size, audio.n_mels, frames)
         batch["audio"] = torch.randn(shape, generator=generator)
         batch["audio_length"] = torch.randint(1, shape[-1] + 1, (size,), generator=generator)
+    if data.volume is not None:
+        batch.update(volumes(data.volume, size, generator))
+    if (points := data.points) is not None:
+        batch["points"] = torch.randn(size, points.count, 3 + 3 * points.colors, generator=generator)
+        if points.colors:
+            batch["points"][:, :, 3:] = torch.rand(size, points.count, 3, generator=generator)
+        if points.height:
+            above = batch["points"][:, :, ["xyz".index(points.up)]]
+            batch["points"] = torch.cat([batch["points"], above - above.amin(1, keepdim=True)], 2)
+        batch["points_transform"] = torch.eye(3, 4).repeat(size, 1, 1)
+    batch["index"] = torch.arange(size)
+    return batch
+
+
+def cuts(shape: list[int], axes: int, flips: int, generator: torch.Generator) -> Tensor:
+    """[..., 2 axes + flips] where parts of pictures or volumes begin, how long they are, then 0 or 1 for each flip."""
+    begin, extent = torch.rand(2, *shape, axes, generator=generator) / 2
+    return torch.cat([begin, extent + 0.01, torch.randint(2, (*shape, flips), generator=generator).float()], -1)
+
+
+def pictures(spec: ImageSpec, size: int, generator: torch.Generator) -> Batch:
+    """The views, or the one view; what lies in them, up to spec.max_boxes objects; the local views."""
+    own = [ViewSpec(1, spec.scale, spec.ratio, spec.mirror, spec.augment)]
+    views = [view for view in spec.views or own for _ in range(view.count)]
+    samples = [size, spec.pictures] if spec.pictures > 1 else [size]
+    shape = [*samples, len(views)] if len(views) > 1 else samples
+    batch: Batch = {"image": torch.randn(*shape, 3, spec.size, spec.size, generator=generator)}
+    batch["crop"] = cuts(shape, 2, 1, generator)
+    if any(view.augment.rand_augment for view in views):
+        batch["warp"] = torch.eye(2, 3).expand(*shape, 2, 3) + 0.1 * torch.randn(*shape, 2, 3, generator=generator)
+    if local := sum(view.count for view in spec.local_views):
+        batch["image_local"] = torch.randn(*samples, local, 3, spec.local_size, spec.local_size, generator=generator)
+        batch["crop_local"] = cuts([*samples, local], 2, 1, generator)
+    if spec.boxes:
+        count = torch.randint(spec.max_boxes + 1, (size,), generator=generator).view(size, *[1] * len(shape))  # objects of each
+        seen = torch.rand(*shape, spec.max_boxes, generator=generator) < 0.8
+        batch["box_mask"] = seen & (torch.arange(spec.max_boxes) < count)
+        corner, extent = torch.rand(2, *shape, spec.max_boxes, 2, generator=generator) / 2
+        boxes = torch.cat([corner, (corner + extent + 1 / spec.size).clamp(max=1)], -1)
+        batch["boxes"] = boxes * batch["box_mask"][..., None]
+    if spec.masks:
+        x0, y0, x1, y1 = batch["boxes"][..., None].unbind(-2)  # each [B, (V,) N, 1]
+        middle = (torch.arange(spec.size) + 0.5) / spec.size  # [S] of each row or column
+        rows, columns = (y0 <= middle) & (middle < y1), (x0 <= middle) & (middle < x1)
+        batch["masks"] = rows[..., None] & columns[..., None, :]
+    return batch
+
+
+def volumes(spec: VolumeSpec, size: int, generator: torch.Generator) -> Batch:
+    """The view, or the slices of it; labels, a tenth of them padding; the local views."""
+    channels = len(spec.percentiles or spec.windows) * (2 * spec.neighbours + 1)
+    depth, *plane = spec.size
+    batch: Batch = {"volume_box": cuts([size], 3, 3, generator)}
+    if spec.slices:
+        batch["volume"] = torch.rand(size, depth, channels, *plane, generator=generator)
+        batch["volume_slices"] = torch.randint(1, 4, (size, depth), generator=generator).cumsum(1) - 1
+    else:
+        batch["volume"] = torch.rand(size, channels, depth, *plane, generator=generator)
+    if spec.labels:
+        labels = torch.randint(4, (size, depth, *plane), generator=generator)
+        batch["volume_labels"] = labels.masked_fill(torch.rand(labels.shape, generator=generator) < 0.1, -100)
+    if spec.local_views:
+        batch["volume_local"] = torch.rand(size, spec.local_views, channels, *spec.local_size, generator=generator)
+        batch["volume_local_box"] = cuts([size, spec.local_views], 3, 3, generator)
     return batch
 
 

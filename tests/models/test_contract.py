@@ -235,5 +235,5 @@ def check_encoder(encode, inputs: list[Tensor]) -> None:
 def test_learns_one_batch_by_heart(name: str) -> None:
     model = build(name).train()
     batch = make_batch(model.config.data, 8)
-    sums = train(model, optimizer_for(model), [batch] * 20)
+    sums = train(model, optimizer_for(model, CASES[name].lr), [batch] * 20)
     assert sums[-1] < CASES[name].by_heart * sums[0], sums

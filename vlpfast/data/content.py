@@ -1,4 +1,4 @@
-"""What a sample must hold to be whole, for shards of every kind: pictures, documents, text, video, audio, and others."""
+"""What a sample must hold to be whole, for shards of every kind: pictures, documents, text, video, audio, volumes, points."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from vlpfast.data import shards as store
 from vlpfast.data.media_info import audio_info, video_info, volume_info
 from vlpfast.data.pictures import DamagedSample
+from vlpfast.data.points_file import npy_info, points_info
 from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSet
 
 _DOCUMENT_PICTURE = re.compile(rf"\d+\.({'|'.join(IMAGE_EXTENSIONS)})")
@@ -20,6 +21,8 @@ _MEDIA: dict[str, Callable[[BinaryIO], Any]] = {
     **dict.fromkeys(VIDEO_EXTENSIONS, video_info),
     **dict.fromkeys(AUDIO_EXTENSIONS, audio_info),
     "vol": volume_info,
+    "points.npy": points_info,
+    "npy": npy_info,  # which may also hold something else
 }
 
 
@@ -39,7 +42,7 @@ def needs(shards: ShardSet, captions: bool = True) -> Needs:
 
 def problems(shards: ShardSet, samples: Sequence[int], wanted: Needs, decode: bool, pool: ThreadPoolExecutor) -> list[list[str]]:
     """For each of the samples what is wrong with it. decode: pictures are decoded, of videos the first frame, of sounds the end,
-    volumes whole. Raises UserError where the package for that is missing."""
+    volumes and point clouds whole. Raises UserError where the package for that is missing."""
     records = [_parts(content) for content in shards.read(samples, ("json",))]
     pictures = shards.read(samples, IMAGE_EXTENSIONS) if wanted.picture else [None] * len(samples)
     wrong = pool.map(lambda content: store._picture_problem(content, decode), pictures)

@@ -39,6 +39,9 @@ class Options:
     pictures: str = ""  # the folder that paths in tables and documents start from; empty: that of the table
     min_similarity: float = 0.0  # pictures of an MMC4 document below it are left out
     points: int = 8192  # points drawn from a mesh
+    labels: tuple[str, ...] = ()  # names of volumes, names of their label maps, {} for what they share; empty: none have any
+    reports: str = ""  # a table of reports of DICOM series: `key`, empty: the column `by`, says of which, `caption` what
+    by: str = "StudyInstanceUID"  # or another of tables.IDENTIFIERS
     only: str = ""  # the one file of the root that is read
 
 
@@ -47,6 +50,13 @@ class Task(NamedTuple):
 
     source: str
     payload: Any
+
+
+class DamagedParts(DamagedSample):
+    """Several samples of one input cannot be used, each for a reason of its own: `args`."""
+
+    def __str__(self) -> str:
+        return "; ".join(self.args)
 
 
 # --- files -------------------------------------------------------------------------------------------------------------

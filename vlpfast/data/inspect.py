@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import os
 import textwrap
 import time
@@ -16,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from vlpfast.data.content import Needs, needs
-from vlpfast.data.media_info import audio_info, require, video_info, volume_file
-from vlpfast.data.pictures import DamagedSample, decode_rgb, picture_size
+from vlpfast.data.media_info import audio_info, video_info, volume_file
+from vlpfast.data.pictures import DamagedSample, picture_size
+from vlpfast.data.points_file import describe
 from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSet
+from vlpfast.data.tiles import TILE, font, points_of, tile
 from vlpfast.types import UserError
 
 _BATCH = 256
-TILE = 224  # pixels of a picture's longer side in a preview
 _TEXT = 15  # height of a line
-_COLOURS = ("#ff2d55", "#00c853", "#2979ff", "#ff9100", "#d500f9", "#00b8d4")
 
 
 @dataclass
@@ -43,6 +44,11 @@ class Stats:
     durations: list[float] = field(default_factory=list)  # seconds of the videos and sounds
     rates: Counter[int] = field(default_factory=Counter)  # Hz of the sounds
     volumes: Counter[tuple[int, ...]] = field(default_factory=Counter)  # depth, height, width in voxels
+    points: list[int] = field(default_factory=list)  # of each cloud
+    low: list[float] = field(default_factory=lambda: [math.inf] * 3)  # the box around all clouds, x, y, z
+    high: list[float] = field(default_factory=lambda: [-math.inf] * 3)
+    coloured: int = 0  # clouds
+    colours: tuple[float, float] = (math.inf, -math.inf)  # the smallest and largest number among them
     documents: int = 0
     document_pictures: int = 0
     words: list[int] = field(default_factory=list)  # length of each caption or document
@@ -120,6 +126,7 @@ def _count_media(out: Stats, shards: ShardSet, i: int, record: dict[str, Any]) -
             out.volumes[volume_file().read_header(content).shape] += 1
         except DamagedSample:
             out.damaged_media += 1
+    _count_points(out, shards, i)
     for kind, extensions, about in (("video", VIDEO_EXTENSIONS, video_info), ("audio", AUDIO_EXTENSIONS, audio_info)):
         if not set(extensions) & set(shards.extensions(i)):
             continue
@@ -139,6 +146,24 @@ def _count_media(out: Stats, shards: ShardSet, i: int, record: dict[str, Any]) -
             out.rates[said.get("rate", 0)] += 1
 
 
+def _count_points(out: Stats, shards: ShardSet, i: int) -> None:
+    try:
+        numbers = points_of(shards, i)
+    except DamagedSample:
+        out.damaged_media += 1
+        return
+    if numbers is None:
+        return
+    out.read_bytes += numbers.nbytes
+    about = describe(numbers)
+    out.points.append(about["count"])
+    out.low = [min(pair) for pair in zip(out.low, about["low"], strict=True)]
+    out.high = [max(pair) for pair in zip(out.high, about["high"], strict=True)]
+    if about["colors"]:
+        out.coloured += 1
+        out.colours = min(out.colours[0], float(numbers[:, 3:].min())), max(out.colours[1], float(numbers[:, 3:].max()))
+
+
 def _count_words(out: Stats, caption: str) -> None:
     words = [word.strip(".,;:!?\"'()[]") for word in caption.lower().split()]
     out.words.append(len(words))
@@ -148,8 +173,8 @@ def _count_words(out: Stats, caption: str) -> None:
 def preview(patterns: str | Sequence[str], path: str | os.PathLike[str], *, count: int = 24, threads: int = 4) -> int:
     """Writes a contact sheet (.png or .html) of `count` samples, spread evenly, with their captions, and with boxes where the
     JSON has `objects` with a `box` (x0, y0, x1, y1 in pixels). Of a video four frames, of a sound its spectrogram, of a volume
-    its middle slices, of a document its first four pictures, of anything else the names of its members. -> how many samples are
-    on it.
+    its middle slices, of a point cloud three views, of a document its first four pictures, of anything else the names of its
+    members. -> how many samples are on it.
 
     The font of a .png knows Latin letters alone; an .html shows every script. Raises UserError for another kind of file, one
     that cannot be written, and what ShardSet refuses."""
@@ -166,7 +191,7 @@ def preview(patterns: str | Sequence[str], path: str | os.PathLike[str], *, coun
         record = _record(raw)
         parts = record.get("parts")
         caption = _text_of(parts) if isinstance(parts, list) else _caption(text, record)
-        tiles.append((_tile(shards, i, record), caption or "(no caption)", shards.name(i)))
+        tiles.append((tile(shards, i, record), caption or "(no caption)", shards.name(i)))
     content = sheet_png(tiles) if path.suffix.lower() == ".png" else _sheet_html(tiles)
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -198,128 +223,6 @@ def _caption(text: np.ndarray | None, record: dict[str, Any]) -> str | None:
     return caption if isinstance(caption, str) else None
 
 
-def _tile(shards: ShardSet, i: int, record: dict[str, Any]) -> Image.Image:
-    """The sample's picture, whatever it is a sample of; what is wrong with it, where there is none to show."""
-    try:
-        if isinstance(parts := record.get("parts"), list):
-            names = [part["image"] for part in parts if isinstance(part, dict) and "image" in part][:4]
-            contents = [shards.read([i], [str(name)])[0] for name in names]
-            return _grid([decode_rgb(b"" if content is None else content.tobytes()) for content in contents])
-        for extensions, show in ((IMAGE_EXTENSIONS, None), (VIDEO_EXTENSIONS, _frames), (AUDIO_EXTENSIONS, _spectrogram)):
-            (content,) = shards.read([i], extensions)
-            if content is not None:
-                return _boxed(decode_rgb(content.tobytes()), record) if show is None else show(content.tobytes())
-        (content,) = shards.read([i], ("vol",))
-        if content is not None:
-            return _middle_slices(content)
-        members = [name for name in shards.extensions(i) if name not in ("txt", "json")]
-        raise DamagedSample(f"members: {', '.join(members)}" if members else "no picture")
-    except DamagedSample as damage:
-        tile = Image.new("RGB", (TILE, TILE), "#cccccc")
-        ImageDraw.Draw(tile).text((8, 8), "\n".join(textwrap.wrap(str(damage), 28)), fill="black", font=_font())
-        return tile
-
-
-def _fitted(picture: Image.Image, side: int = TILE) -> Image.Image:
-    scale = side / max(picture.size)
-    return picture.resize(tuple(max(1, round(edge * scale)) for edge in picture.size), Image.Resampling.BICUBIC)
-
-
-def _boxed(picture: Image.Image, record: dict[str, Any]) -> Image.Image:
-    """The picture with its boxes, its longer side TILE pixels."""
-    scale = TILE / max(picture.size)
-    picture = _fitted(picture)
-    draw = ImageDraw.Draw(picture)
-    things = record.get("objects")
-    for i, thing in enumerate(things if isinstance(things, list) else []):
-        box = thing.get("box") if isinstance(thing, dict) else None
-        if isinstance(box, list) and len(box) == 4 and all(isinstance(edge, (int, float)) for edge in box):
-            x0, y0, x1, y1 = (edge * scale for edge in box)
-            if x0 < x1 and y0 < y1:
-                draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=_COLOURS[i % len(_COLOURS)], width=2)
-    return picture
-
-
-def _grid(pictures: list[Image.Image]) -> Image.Image:
-    """Up to four pictures, two beside each other."""
-    if not pictures:
-        raise DamagedSample("no pictures: text alone")
-    tile, half = Image.new("RGB", (TILE, TILE), "white"), TILE // 2
-    for place, picture in enumerate(pictures):
-        tile.paste(_fitted(picture, half - 2), (place % 2 * half, place // 2 * half))
-    return tile
-
-
-def _frames(content: bytes) -> Image.Image:
-    """The frames in the middle of each quarter of the video, or the key frame before where the file cannot be searched finely."""
-    av = require("av", "video")
-    duration = video_info(io.BytesIO(content))["duration"]
-    frames = []
-    try:
-        with av.open(io.BytesIO(content)) as container:
-            stream = container.streams.video[0]
-            begin = float((stream.start_time or 0) * stream.time_base)
-            for quarter in range(4):
-                wanted = begin + duration * (quarter + 0.5) / 4
-                container.seek(int(wanted / stream.time_base), stream=stream)
-                frame = None
-                for frame in container.decode(stream):
-                    if frame.time is None or frame.time >= wanted:
-                        break
-                if frame is not None:
-                    frames.append(frame.to_image())
-    except (av.FFmpegError, ValueError) as error:
-        raise DamagedSample(f"the video cannot be read: {error}") from error
-    return _grid(frames)
-
-
-def _middle_slices(content: np.ndarray) -> Image.Image:
-    """From above, from the front and from the side, head and front upwards, between the foreground's lowest and highest
-    percent."""
-    store = volume_file()
-    info = store.read_header(content)
-    depth, height, width = map(np.arange, info.shape)
-    low, high = (info.percentiles[store.PERCENTILES.index(share)] for share in (1.0, 99.0))
-    middle = [places[len(places) // 2, None] for places in (depth, height, width)]
-    planes = [
-        store.read_slices(content, info, middle[0], height, width)[0],
-        store.read_slices(content, info, depth, middle[1], width)[:, 0],
-        store.read_slices(content, info, depth, height, middle[2])[:, :, 0],
-    ]
-    pictures = []
-    for plane, (down, across) in zip(planes, ((1, 2), (0, 2), (0, 1)), strict=True):
-        values = plane[::-1].astype(np.float64) * info.slope + info.intercept
-        grey = ((values - low) / max(high - low, 1e-9)).clip(0, 1) * 255
-        picture = Image.fromarray(grey.astype(np.uint8))
-        edges = picture.width * info.spacing[across], picture.height * info.spacing[down]  # mm
-        size = tuple(max(1, round(edge / max(edges) * TILE)) for edge in edges)
-        pictures.append(picture.resize(size, Image.Resampling.BILINEAR).convert("RGB"))
-    return _grid(pictures)
-
-
-def _spectrogram(content: bytes) -> Image.Image:
-    """At most the first 30 seconds, time from left to right, frequencies upwards on the mel scale, 80 decibels from black to
-    white."""
-    import torch
-
-    soundfile = require("soundfile", "audio")
-    audio_info(io.BytesIO(content))
-    with soundfile.SoundFile(io.BytesIO(content)) as sound:
-        rate = sound.samplerate
-        samples = torch.from_numpy(sound.read(30 * rate, dtype="float32", always_2d=True)).mean(1)  # [S]
-    samples = torch.nn.functional.pad(samples, (0, max(0, 1024 - len(samples))))
-    power = torch.stft(samples, 1024, 256, window=torch.hann_window(1024), return_complex=True).abs() ** 2  # [513, T]
-    mels = np.linspace(0, 2595 * np.log10(1 + rate / 2 / 700), 128)
-    rows = (700 * (10 ** (mels / 2595) - 1) / (rate / 2) * 512).round().astype(np.int64)[::-1].copy()
-    level = 10 * power[torch.from_numpy(rows)].clamp(min=1e-10).log10()  # [128, T]
-    grey = ((level - level.max()) / 80 + 1).clamp(0, 1).mul(255).byte().numpy()
-    return Image.fromarray(grey).convert("RGB").resize((TILE, TILE // 2), Image.Resampling.BILINEAR)
-
-
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(12)
-
-
 def sheet_png(tiles: Sequence[tuple[Image.Image, str, str]]) -> bytes:
     """Pictures of at most TILE pixels a side, captions, names (not shown) -> a PNG file."""
     columns = min(6, len(tiles))
@@ -333,7 +236,7 @@ def sheet_png(tiles: Sequence[tuple[Image.Image, str, str]]) -> bytes:
             left = (i - row.start) * (TILE + 12) + 6
             sheet.paste(tiles[i][0], (left, top + 4))
             for line, text in enumerate(wrapped[i]):
-                draw.text((left, top + TILE + 6 + line * _TEXT), text, fill="black", font=_font())
+                draw.text((left, top + TILE + 6 + line * _TEXT), text, fill="black", font=font())
         top += height
     return _png(sheet)
 

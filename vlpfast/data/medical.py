@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vlpfast.data.inputs import DamagedParts
 from vlpfast.data.nifti import nifti, require, said, volume_members
 from vlpfast.data.pictures import DamagedSample
+from vlpfast.data.tables import Reports
 from vlpfast.data.volume_file import MAX_VOXELS
 from vlpfast.types import UserError
 
@@ -90,15 +92,17 @@ def series_key(uid: str) -> str:
     return hashlib.sha256(uid.encode()).hexdigest()[:24]
 
 
-def dicom_series(folder: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+def dicom_series(folder: str, reports: Reports | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Every series of the DICOM files in a folder, not in the folders within -> series_key, members.
 
     Series of slices become one `vol`, brought to the axes that are closest to RAS; pictures without a place in space (X-rays)
     one 16-bit `png` each: their linear window, if they have one, else from the darkest to the brightest pixel. `json` holds
     "volume" or "xray", and "dicom": what KEPT lists. Files that are not DICOM, and objects without pixels, are passed over.
+    reports: each series' goes into `txt`; the identifier that it is found by goes nowhere.
 
-    Raises UserError if pydicom or a decoder of a compressed transfer syntax is missing; DamagedSample, after all that is whole,
-    that names each series which is not: missing or doubled slices, unequal gaps, different orientations, a tilted gantry, ...
+    Raises UserError if pydicom or a decoder of a compressed transfer syntax is missing; DamagedParts, after all that is whole,
+    that names each series which is not: missing or doubled slices, unequal gaps, different orientations, a tilted gantry, no
+    report, ...
     """
     pydicom, _ = require("pydicom", "DICOM"), require("nibabel", "DICOM")
     root = os.path.realpath(folder)
@@ -111,7 +115,7 @@ def dicom_series(folder: str) -> Iterator[tuple[str, dict[str, bytes]]]:
             problems.append(f"{entry.name}: leads out of the folder")
             continue
         try:
-            uid, header = _header(pydicom, entry.path)
+            uid, header = _header(pydicom, entry.path, [reports.by] if reports else [])
         except DamagedSample as damage:
             problems.append(f"{entry.name}: {damage}")
             continue
@@ -122,14 +126,14 @@ def dicom_series(folder: str) -> Iterator[tuple[str, dict[str, bytes]]]:
             f"{os.path.basename(members[0][0])} and {len(members) - 1} more" if members[1:] else os.path.basename(members[0][0])
         )
         try:
-            yield from _series(pydicom, uid, members)
+            yield from _series(pydicom, uid, members, reports)
         except DamagedSample as damage:
             problems.append(f"series {series_key(uid)} ({names}): {damage}")
     if problems:
-        raise DamagedSample("; ".join(problems))
+        raise DamagedParts(*problems)
 
 
-def _header(pydicom: Any, path: str) -> tuple[str, Any]:
+def _header(pydicom: Any, path: str, more: list[str]) -> tuple[str, Any]:
     """-> SeriesInstanceUID, the data set without its pixels; "", None if the file is not DICOM or holds no picture."""
     try:
         with open(path, "rb") as file:
@@ -139,7 +143,7 @@ def _header(pydicom: Any, path: str) -> tuple[str, Any]:
             if path.lower().endswith((".dcm", ".dicom")):
                 raise DamagedSample("not a DICOM file, whatever its name says")
             return "", None
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_HEADER_TAGS)
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[*_HEADER_TAGS, *more])
         return str(header.get("SeriesInstanceUID", "")), header if "Rows" in header and "Columns" in header else None
     except (DamagedSample, MemoryError):
         raise
@@ -147,7 +151,9 @@ def _header(pydicom: Any, path: str) -> tuple[str, Any]:
         raise DamagedSample(said(error)) from error
 
 
-def _series(pydicom: Any, uid: str, files: list[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _series(
+    pydicom: Any, uid: str, files: list[tuple[str, Any]], reports: Reports | None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
     if not uid:
         raise DamagedSample("no SeriesInstanceUID")
     try:
@@ -155,14 +161,17 @@ def _series(pydicom: Any, uid: str, files: list[tuple[str, Any]]) -> Iterator[tu
         files = list(once.values())[::-1]  # a file that lies there twice is the same slice
         if any(str(header.get("BurnedInAnnotation", "")).upper() == "YES" for _, header in files):
             raise DamagedSample("its pictures have annotations burned in, which may name the patient")
+        report = {}
+        if reports is not None:
+            report = reports.member({str(header.get(reports.by) or "").strip() for _, header in files})
         slices = [cut for path, header in files for cut in _slices(path, header)]
         if slices:
             if len(slices) != sum(_frames(header) for _, header in files):
                 raise DamagedSample("some of its slices have no position")
-            yield series_key(uid), _volume(pydicom, slices, files[0][1])
+            yield series_key(uid), {**_volume(pydicom, slices, files[0][1]), **report}
             return
         for path, header in files:
-            yield series_key(str(header.get("SOPInstanceUID", uid))), _xray(pydicom, path, header)
+            yield series_key(str(header.get("SOPInstanceUID", uid))), {**_xray(pydicom, path, header), **report}
     except (DamagedSample, UserError, MemoryError):
         raise
     except Exception as error:

@@ -14,6 +14,8 @@ from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.volume_file import MAX_VOXELS, encode_volume
 from vlpfast.types import UserError
 
+_SAME_PLACE = 0.1  # of a voxel: headers are rounded, and programs round what they write
+
 
 def require(name: str, what: str) -> Any:
     try:
@@ -31,8 +33,9 @@ def nifti(
 ) -> dict[str, bytes]:
     """A .nii or .nii.gz -> members `vol` and `json`, brought to the axes that are closest to RAS.
 
-    labels: a file of whole numbers 0 .. 255 on the same grid. fill: the value of voxels that are no number; None refuses them.
-    modality, threshold: as encode_volume takes them. Raises UserError if nibabel is missing, DamagedSample.
+    labels: a file of whole numbers 0 .. 255, of the same shape, and the same affine to a tenth of a voxel. fill: the value of
+    voxels that are no number; None refuses them. modality, threshold: as encode_volume takes them. Raises UserError if nibabel
+    is missing, DamagedSample.
     """
     nibabel = require("nibabel", "NIfTI")
     stored, affine, slope, intercept = _read_nifti(nibabel, path)
@@ -44,14 +47,25 @@ def nifti(
             stored = np.where(holes, (fill - intercept) / slope, stored)
     drawn = None
     if labels is not None:
-        drawn, other, label_slope, label_intercept = _read_nifti(nibabel, labels)
+        try:
+            drawn, other, label_slope, label_intercept = _read_nifti(nibabel, labels)
+        except DamagedSample as error:
+            raise DamagedSample(f"the label map: {error}") from error
         drawn = drawn * np.float64(label_slope) + label_intercept
-        if drawn.shape != stored.shape or not np.allclose(other, affine, atol=1e-3):
+        if drawn.shape != stored.shape:
             raise DamagedSample(f"the label map lies on another grid: {drawn.shape} voxels, the volume has {stored.shape}")
+        if (apart := _apart(affine, other, stored.shape)) > _SAME_PLACE * np.linalg.norm(affine[:3, :3], axis=0).min():
+            raise DamagedSample(f"the label map lies elsewhere: its affine puts voxels up to {apart:.4g} mm from the volume's")
         if not ((drawn == np.rint(drawn)) & (drawn >= 0) & (drawn <= 255)).all():
             raise DamagedSample("the label map holds something else than whole numbers 0 .. 255")
         drawn = drawn.astype(np.uint8).T
     return volume_members(stored.T, affine, slope, intercept, modality, None, threshold, drawn)
+
+
+def _apart(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
+    """The largest distance in mm between what two affines make of the same voxel: that of a corner."""
+    corners = np.array([[x, y, z, 1] for x in (0, shape[0] - 1) for y in (0, shape[1] - 1) for z in (0, shape[2] - 1)])  # [8, 4]
+    return float(np.linalg.norm((corners @ (affine - other).T)[:, :3], axis=1).max())
 
 
 def _read_nifti(nibabel: Any, path: str) -> tuple[np.ndarray, np.ndarray, float, float]:

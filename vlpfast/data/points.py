@@ -1,7 +1,4 @@
-"""Point clouds as a modality, and meshes sampled to points for building shards.
-
-The member is a .npy file (no pickles): [M, 3] x, y, z or [M, 6] with red, green, blue in 0 .. 1, of float16, float32 or float64.
-"""
+"""Point clouds (points_file.py) as a modality, and meshes sampled to points for building shards."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import math
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +18,19 @@ from torch import Tensor
 from vlpfast.data.modality import Draws
 from vlpfast.data.order import random_bits, uniform
 from vlpfast.data.pictures import DamagedSample, results
+from vlpfast.data.points_file import MEMBERS, PointsInfo, describe, read_header, read_points
 from vlpfast.types import PointsSpec, UserError
 
 _DRAW = 1 << 23  # of a sample's draws, those from here on belong to its points
 _CHOICE, _SCALE, _FLIPS, _ROTATION, _SHIFT, _JITTER, _DROPOUT = (_DRAW + 8 * number for number in range(7))
-_MAX_POINTS = 1 << 26
 _FLOOR = 0.99  # per cent of the points lie below the floor: VoteNet's
 _SEED = 0  # of what is drawn from a mesh, so that its bytes depend on the mesh alone
-
-
-class PointsInfo(NamedTuple):
-    shape: tuple[int, int]
-    dtype: np.dtype
-    begin: int  # of the numbers in the member
 
 
 class PointsModality:
     """Batch["points"], ["points_transform"]. See modality.Modality."""
 
-    members = ("points.npy", "npy")
+    members = MEMBERS
 
     def __init__(self, spec: PointsSpec, threads: int, batch_size: int, device: torch.device):
         _check(spec)
@@ -79,32 +70,12 @@ class PointsModality:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def read_header(content: np.ndarray) -> PointsInfo:
-    """content: uint8 bytes of a .npy file. Raises DamagedSample."""
-    stream = io.BytesIO(content[: 1 << 12].tobytes())
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, by_columns, dtype = read(stream)
-    except (ValueError, KeyError, TypeError, EOFError) as error:
-        raise DamagedSample(f"the points are no .npy file: {error}") from error
-    if by_columns or len(shape) != 2 or shape[1] not in (3, 6) or dtype.kind != "f" or dtype.itemsize > 8:
-        raise DamagedSample(f"points: expected rows of 3 or 6 floating-point numbers, got {dtype} {shape}")
-    if not 0 < shape[0] <= _MAX_POINTS:
-        raise DamagedSample(f"points: expected 1 .. {_MAX_POINTS}, got {shape[0]}")
-    if stream.tell() + shape[0] * shape[1] * dtype.itemsize != len(content):
-        raise DamagedSample(f"the points have {len(content)} bytes, their header says otherwise")
-    return PointsInfo(shape, dtype, stream.tell())
-
-
 # --- a view of one cloud ---------------------------------------------------------------------------------------------------
 
 
 def _view(spec: PointsSpec, content: np.ndarray, info: PointsInfo, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
     """draws.index: of this sample alone. -> float32 [N, C] and the transform [3, 4]"""
-    numbers = np.frombuffer(content[info.begin :], info.dtype).reshape(info.shape)
-    if not np.isfinite(numbers).all():
-        raise DamagedSample("points that are no finite numbers")
+    numbers = read_points(content, info)
     xyz = numbers[:, :3].astype(np.float64)
     chosen = _choose(spec, xyz, draws)  # [N]
     transform = np.column_stack([_axes(spec.axes), np.zeros(3)])  # [3, 4]
@@ -259,13 +230,7 @@ def mesh(path: str, points: int = 8192) -> dict[str, bytes]:
         raise DamagedSample(f"the mesh cannot be read: {error or type(error).__name__}") from error
     stream = io.BytesIO()
     np.save(stream, found, allow_pickle=False)
-    about = {
-        "count": len(found),
-        "colors": found.shape[1] == 6,
-        "low": found[:, :3].min(0).tolist(),
-        "high": found[:, :3].max(0).tolist(),
-    }
-    return {"points.npy": stream.getvalue(), "json": json.dumps({"points": about}).encode()}
+    return {"points.npy": stream.getvalue(), "json": json.dumps({"points": describe(found)}).encode()}
 
 
 def _sampled(trimesh: Any, scene: Any, count: int) -> np.ndarray:

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import importlib
 import io
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from vlpfast.data import tables
 from vlpfast.data.inputs import (
-    LARGEST,
     Options,
     Task,
     dump,
@@ -23,7 +22,6 @@ from vlpfast.data.inputs import (
     files,
     inside,
     linked,
-    opened,
     parse,
     picture,
     read,
@@ -33,12 +31,11 @@ from vlpfast.data.inputs import (
     text,
     with_notes,
 )
-from vlpfast.data.media_info import audio_info, require, video_info
+from vlpfast.data.media_info import audio_info, video_info
 from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from vlpfast.types import UserError
 
-_TABLES = ("csv", "tsv", "parquet")
 _MESHES = ("obj", "ply", "stl", "off", "glb", "gltf")
 
 Sample = tuple[str, dict[str, bytes]]  # key (not yet cleaned), members
@@ -98,51 +95,16 @@ def _make_classified(root: str, task: Task, options: Options) -> Iterator[Sample
 # --- tables ----------------------------------------------------------------------------------------------------------------
 
 
-def _rows(root: str, path: str, options: Options) -> Iterator[tuple[list[str], Any]]:
-    """-> the columns, and a row as a dictionary or the reason why it is none."""
-    real = os.path.join(root, shown(path))
-    if extension(path) == "parquet":
-        pyarrow, parquet = require("pyarrow", "build"), importlib.import_module("pyarrow.parquet")
-        try:
-            with opened(root, path) as raw, parquet.ParquetFile(raw, pre_buffer=False) as file:
-                for batch in file.iter_batches(batch_size=64):
-                    for row in batch.to_pylist():
-                        yield list(batch.schema.names), row
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"build: {real} cannot be read as Parquet: {error}") from error
-        return
-    csv.field_size_limit(1 << 30)  # the limit of a caption is ours to say
-    with io.TextIOWrapper(opened(root, path), "utf-8-sig", "surrogateescape", newline="") as file:
-        lines = csv.reader(file, dialect="excel-tab" if extension(path) == "tsv" else "excel")
-        try:
-            head = next(lines, None)
-            for cells in lines:
-                if len(cells) == len(head):
-                    yield head, dict(zip(head, cells, strict=True))
-                elif cells:
-                    yield head, f"the row has {len(cells)} columns, the head has {len(head)}"
-        except csv.Error as error:
-            raise UserError(f"build: {real} cannot be read, line {lines.line_num}: {error}") from error
-
-
 def _plan_table(root: str, options: Options) -> Iterator[Task]:
-    for path in files(root, options.only):
-        if extension(path) not in _TABLES:
-            continue
-        for number, (columns, row) in enumerate(_rows(root, path, options)):
-            if number == 0:
-                _check_columns(os.path.join(root, path), columns, options)
-            yield Task(f"{shown(path)}:{number + 1}", (path, number, row))
-
-
-def _check_columns(path: str, columns: list[str], options: Options) -> None:
-    if twice := [name for name, count in Counter(columns).items() if count > 1]:
-        raise UserError(f"build: {path} has several columns {twice[0]!r}")
     wanted = [("--picture", options.picture), *(("--drop", name) for name in options.drop)]
     wanted += [("--caption", options.caption)] * options.captions + [("--key", options.key)] * bool(options.key)
-    for flag, name in wanted:
-        if name not in columns:
-            raise UserError(f"build: {path} has no column {name!r} ({flag}); it has {', '.join(columns)}")
+    for path in files(root, options.only):
+        if extension(path) not in tables.TABLES:
+            continue
+        for number, (columns, row) in enumerate(tables.rows(root, path)):
+            if number == 0:
+                tables.check_columns(os.path.join(root, path), columns, wanted)
+            yield Task(f"{shown(path)}:{number + 1}", (path, number, row))
 
 
 def _make_row(root: str, task: Task, options: Options) -> Iterator[Sample]:
@@ -179,23 +141,13 @@ def _cell_picture(root: str, table: str, cell: Any, options: Options) -> bytes:
 # --- text and documents ------------------------------------------------------------------------------------------------------
 
 
-def _lines(root: str, path: str) -> Iterator[bytes]:
-    try:
-        with opened(root, path) as plain, gzip.open(plain) if path.endswith(".gz") else plain as file:
-            while line := file.readline(LARGEST):
-                if line.strip():
-                    yield line
-    except (OSError, EOFError) as error:
-        raise UserError(f"build: {os.path.join(root, shown(path))} cannot be read: {error}") from error
-
-
 def _plan_lines(whole: tuple[str, ...]) -> Callable[[str, Options], Iterator[Task]]:
     """.jsonl(.gz) files: an input for each line; files with the extensions `whole`: one each."""
 
     def plan(root: str, options: Options) -> Iterator[Task]:
         for path in files(root, options.only):
-            if path.endswith((".jsonl", ".jsonl.gz")):
-                for number, line in enumerate(_lines(root, path)):
+            if path.endswith(tables.JSONL):
+                for number, line in enumerate(tables.lines(root, path)):
                     stem = path.removesuffix(".gz").removesuffix(".jsonl")
                     yield Task(f"{shown(path)}:{number + 1}", (path, f"{stem}/{number:08d}", line))
             elif extension(path) in whole:
@@ -315,6 +267,36 @@ def _plan_files(extensions: tuple[str, ...]) -> Callable[[str, Options], Iterato
     return plan
 
 
+def _plan_nifti(root: str, options: Options) -> Iterator[Task]:
+    """Every NIfTI file, but for the label maps of others. The payload's last part is the volume's label map, "" without
+    options.labels."""
+    volumes, maps = options.labels or ("", "")
+    for task in _plan_files(("nii.gz", "nii"))(root, options):
+        path = task.payload[0]
+        if options.labels and (of := partner(maps, volumes, path)) and os.path.isfile(os.path.join(root, of)):
+            continue
+        yield Task(task.source, (*task.payload, partner(volumes, maps, path) if options.labels else ""))
+
+
+def check_labels(patterns: tuple[str, ...]) -> None:
+    if len(patterns) != 2 or not all("{}" in name and name.endswith((".nii", ".nii.gz")) for name in patterns):
+        raise UserError(
+            "build: --labels: expected two names of files with {} for what a volume's and its label map's have in common, as "
+            f"imagesTr/{{}}_0000.nii.gz labelsTr/{{}}.nii.gz, got {' '.join(map(repr, patterns))}"
+        )
+    if patterns[0] == patterns[1]:
+        raise UserError(f"build: --labels: {patterns[0]!r} names both the volume and its label map")
+
+
+def partner(ours: str, theirs: str, path: str) -> str:
+    """The file whose name is to the pattern `theirs` what the end of `path` is to the pattern `ours`; "" if that does not fit.
+
+    {} in a pattern stands for the same characters each time, without a slash; at least one."""
+    first, *rest = (re.escape(part) for part in ours.split("{}"))
+    fits = re.fullmatch(r"((?:.*/)?)" + first + "([^/]+)" + r"\2".join(rest), path, re.DOTALL)
+    return fits[1] + theirs.replace("{}", fits[2]) if fits else ""
+
+
 def _plan_dicom(root: str, options: Options) -> Iterator[Task]:
     """An input for each folder that holds files."""
     for folder, _ in itertools.groupby(files(root), key=os.path.dirname):
@@ -322,7 +304,7 @@ def _plan_dicom(root: str, options: Options) -> Iterator[Task]:
 
 
 def _with_sidecars(root: str, task: Task, options: Options, made: Mapping[str, bytes]) -> Sample:
-    path, stem, *notes = task.payload
+    path, stem, *notes = task.payload[:4]
     members, record = sidecars(root, path, notes, options.max_caption, options.captions)
     if "json" in made:
         record = {**record, **parse(made["json"])}
@@ -332,7 +314,15 @@ def _with_sidecars(root: str, task: Task, options: Options, made: Mapping[str, b
 
 def _make_nifti(root: str, task: Task, options: Options) -> Iterator[Sample]:
     convert = _function("medical", "nifti", "NIfTI")
-    yield _with_sidecars(root, task, options, convert(inside(root, task.payload[0])))
+    volume, _, _, _, labels = task.payload
+    if not options.labels:
+        yield _with_sidecars(root, task, options, convert(inside(root, volume)))
+        return
+    if not labels:
+        raise DamagedSample(f"its name does not fit {options.labels[0]} (--labels)")
+    if not os.path.lexists(os.path.join(root, labels)):
+        raise DamagedSample(f"it has no label map {shown(labels)}")
+    yield _with_sidecars(root, task, options, convert(inside(root, volume), labels=inside(root, labels)))
 
 
 def _make_mesh(root: str, task: Task, options: Options) -> Iterator[Sample]:
@@ -342,7 +332,7 @@ def _make_mesh(root: str, task: Task, options: Options) -> Iterator[Sample]:
 
 def _make_dicom(root: str, task: Task, options: Options) -> Iterator[Sample]:
     convert = _function("medical", "dicom_series", "DICOM")
-    yield from convert(os.path.join(root, task.payload))
+    yield from convert(os.path.join(root, task.payload), tables.reports(options) if options.reports else None)
 
 
 KINDS = {
@@ -355,7 +345,7 @@ KINDS = {
     ),
     "videos": Kind(_plan_videos, _make_media(video_info, "video"), 1, 10_000, (), ("av", "video")),
     "audio": Kind(_plan_audio, _make_media(audio_info, "audio"), 4, 10_000, (), ("soundfile", "audio")),
-    "dicom": Kind(_plan_dicom, _make_dicom, 1, 10_000, (), ("pydicom", "medical")),
-    "nifti": Kind(_plan_files(("nii.gz", "nii")), _make_nifti, 1, 10_000, (), ("nibabel", "medical")),
+    "dicom": Kind(_plan_dicom, _make_dicom, 1, 10_000, ("reports", "by", "key", "caption"), ("pydicom", "medical")),
+    "nifti": Kind(_plan_nifti, _make_nifti, 1, 10_000, ("labels",), ("nibabel", "medical")),
     "meshes": Kind(_plan_files(_MESHES), _make_mesh, 4, 10_000, ("points",), ("trimesh", "points")),
 }

@@ -44,8 +44,7 @@ class InstructBLIP(nn.Module):
     PrefixLM). Vicuna for released weights: language.architecture=vicuna-7b, language.settings={vocab_size: 32001, pad_token_id:
     32000} for the added [PAD]; their tokenizer has "</s>" for begin and end alike, and whether it begins texts with that or with
     "<s>" is up to the tokenizer's files (tokenizer_config.json). Weights of v1.1: of another version the output is empty or
-    noise. FlanT5 for released weights: language.settings={dense_act_fn: gelu}, as theirs has it. FlanT5 is made for bfloat16,
-    Vicuna for float16 (language.dtype).
+    noise. FlanT5 has plain GELUs, as theirs is switched to. FlanT5 is made for bfloat16, Vicuna for float16 (language.dtype).
 
     Departures from the official code: the language model is in evaluation mode in training too (theirs leaves T5's dropout on).
     Ranking adds up log-probabilities over each candidate's own tokens (rank_by=sum, or mean); theirs divides by the padded length
@@ -65,6 +64,7 @@ class InstructBLIP(nn.Module):
     class Config(PrefixLMConfig):
         """The defaults are InstructBLIP with FlanT5-XL: 4,022,969,088 parameters."""
 
+        language: LMConfig = field(default_factory=lambda: LMConfig("flan-t5-xl", {"dense_act_fn": "gelu"}, dtype="bfloat16"))
         vision: ViTConfig = field(default_factory=eva_giant)
         qformer: QFormerConfig = field(default_factory=QFormerConfig)
         instructed: bool = True  # the Q-Former reads the instruction; False: as BLIP-2's, the queries alone
