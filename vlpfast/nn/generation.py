@@ -124,7 +124,8 @@ def generate(
         done |= (finished[:, -1:] > -torch.inf) & ((finished[:, -1:] >= hope) | (beams == 1))
         if done.all():  # for which the host waits, as for every token
             break
-        decoding = decoding.select((first + beam.gather(1, kept)).flatten())
+        if beams > 1:
+            decoding = decoding.select((first + beam.gather(1, kept)).flatten())
         decoding.extend(texts[..., step].reshape(-1, 1))
     best = best[:, 0]  # [B, L]
     length = ((best != eos_id) & (best != pad_id)).int() * torch.arange(1, max_new_tokens + 1, device=device)
