@@ -123,7 +123,7 @@ def main() -> None:
         "--run-dir", type=Path, default=ROOT / "runs/claims-instructblip", help="keeps the models: started again they are there"
     )
     parser.add_argument("--cache-dir", type=Path, default=ROOT / ".cache/vlpfast")
-    parser.add_argument("--steps", type=int, nargs=4, default=(300, 120, 200, 150), help="language, pretrain, instruct, sampling")
+    parser.add_argument("--steps", type=int, nargs=4, default=(250, 90, 180, 120), help="language, pretrain, instruct, sampling")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--json", type=Path, help="default: results/MACHINE/claims-instructblip.json")
     args = parser.parse_args()
@@ -131,7 +131,7 @@ def main() -> None:
 
     world = World(seed=11)
     splits = {
-        "train": Split(12_000, (1, 2)),
+        "train": Split(8_000, (1, 2)),
         "place": Split(200, (1, 1)),
         "heldout": Split(600, (1, 2), heldout=True),
         "heldout_place": Split(600, (1, 1), heldout=True),
