@@ -20,7 +20,7 @@ from vlpfast.training.parallel import blocks
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = (8, 64, 1024)
 LINK = 50e9  # bytes a second that a rank can send: an assumption (400 Gbit/s for each GPU)
-WIDE = 4  # bytes of float32: parameters, optimiser state, sums and gradients on their way
+WIDE = 4  # bytes of float32: parameters that are kept, optimiser state, sums and gradients on their way
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Setting:
     width: int = 512  # of a feature
     tokens: int = 32  # of each sample on the side that travels (late interaction)
     item: int = 2  # bytes of a travelling feature
+    weight_item: int = 2  # bytes of a parameter that FSDP2 sends: of the products' dtype
     parameters: int = 0  # all trained; those without dimensions are few enough not to count
     in_blocks: int = 0  # of them in repeated blocks
     largest_block: int = 0
@@ -61,7 +62,7 @@ def ddp(s: Setting) -> list[Collective]:
 def fsdp(s: Setting) -> list[Collective]:
     """Each group's parameters for its forward, those of blocks again for the backward, gradients in float32 once."""
     return [
-        Collective("all_gather", WIDE * (s.parameters + s.in_blocks)),
+        Collective("all_gather", s.weight_item * (s.parameters + s.in_blocks)),
         Collective("reduce_scatter", WIDE * s.parameters),
     ]
 
@@ -106,7 +107,7 @@ def states(s: Setting) -> float:
 
 def fsdp_gathered(s: Setting) -> float:
     """Bytes of parameters that are whole at once: those outside of blocks, and of two blocks."""
-    return WIDE * (s.parameters - s.in_blocks + 2 * s.largest_block)
+    return s.weight_item * (s.parameters - s.in_blocks + 2 * s.largest_block)
 
 
 def gathered(s: Setting, width: int) -> float:

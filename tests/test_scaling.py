@@ -124,28 +124,35 @@ class Towers(nn.Module):
         return self.head(x)
 
 
-def towers(strategy: str, world: int, rank: int) -> tuple[Towers, Spread, Any]:
+def towers(strategy: str, world: int, rank: int, dtype: torch.dtype | None = None) -> tuple[Towers, Spread, Any]:
     torch.manual_seed(0)
     model = Towers()
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
     whole = sum(p.numel() for p in model.parameters())
-    train = TrainConfig(strategy=strategy, precision="fp32")
-    spread = Spread(model, train, World(rank, world))
+    spread = Spread(model, TrainConfig(strategy=strategy), World(rank, world), dtype)
     spread.begin_stage()
-    return model, spread, setting(world, parameters=whole, in_blocks=sum(sizes), largest_block=max(sizes))
+    about = setting(world, parameters=whole, in_blocks=sum(sizes), largest_block=max(sizes))
+    return model, spread, replace(about, weight_item=(dtype or torch.float32).itemsize)
 
 
 def strategies(rank: int, world: int) -> None:
     batch = {name: torch.randn(SAMPLES, 12) for name in ("image", "text")}
-    for strategy, name in (("ddp", "DDP"), ("fsdp", "FSDP2")):
-        model, spread, about = towers(strategy, world, rank)
-        for counts in (False, False, True):  # DDP tells the others of its buckets in the first two
+    for strategy, name, dtype in (
+        ("ddp", "DDP", None),
+        ("ddp", "DDP", torch.bfloat16),
+        ("fsdp", "FSDP2", None),
+        ("fsdp", "FSDP2", torch.bfloat16),
+        ("fsdp", "FSDP2", torch.float16),
+    ):
+        model, spread, about = towers(strategy, world, rank, dtype)
+        for counts in (False, False, False, True):  # DDP's first step is another, in the next two it tells of its buckets
             with Traffic() if counts else nullcontext() as traffic:
-                loss = spread("__call__", batch)
+                with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                    loss = spread("__call__", batch)
                 loss.backward()
                 spread.finish(averaged=True)
             model.zero_grad(set_to_none=True)
-        assert dict(traffic.payload) == expected(name, about), name
+        assert dict(traffic.payload) == expected(name, about), (name, dtype)
         if strategy == "fsdp":
             here = sum(p.to_local().numel() for p in model.parameters())
             assert 4 * scaling.WIDE * here == scaling.states(about) / world
@@ -156,11 +163,13 @@ def cached(rank: int, world: int) -> None:
     found = []
     for part in (1, 2):
         model, spread, about = towers("ddp", world, rank)
-        with Traffic() as traffic:
-            feature_cache.backward(spread, batch, part, lambda losses: losses["contrastive"], nullcontext)
-            spread.finish(averaged=False)
+        for counts in (False, True):  # the first step tells which parameters have gradients
+            with Traffic() if counts else nullcontext() as traffic:
+                feature_cache.backward(spread, batch, part, lambda losses: losses["contrastive"], nullcontext)
+                spread.finish(averaged=False)
+            assert float(gradient_norm(model, 0.0)) > 0
+            model.zero_grad(set_to_none=True)
         found.append(dict(traffic.payload))
-        assert float(gradient_norm(model, 0.0)) > 0
     assert found == [expected("GradCache with sharded_clip_loss and DDP", about)] * 2
 
 
@@ -182,15 +191,14 @@ def a_rank_waits_for_the_late_one(rank: int, world: int) -> None:
     """vlpfast/training/timing.py: whose time it is."""
     model = nn.Linear(4, 4)
     spread = nn.parallel.DistributedDataParallel(model)
-    last = LastGradient(model, torch.device("cpu"))
+    last = LastGradient(model.parameters(), torch.device("cpu"))
     for _ in range(2):  # the second counts: both ranks have set up by then
         dist.barrier()
-        marks = Marks(torch.device("cpu"))
+        marks = Marks(torch.device("cpu"), last)
         out = Late.apply(spread(torch.ones(2, 4)), 0.3 * rank).sum()
         marks.passed("forward")
         out.backward()
         marks.passed("backward")
-        marks.waited(last)
     found = [None, None]
     dist.all_gather_object(found, marks.seconds())
     early, late = found
@@ -198,8 +206,104 @@ def a_rank_waits_for_the_late_one(rank: int, world: int) -> None:
     assert late["communication"] < 0.15 and late["backward"] > 0.29, found
 
 
+class LateBlock(Block):
+    """`late`: seconds that its forward and its backward take longer."""
+
+    late = (0.0, 0.0)
+
+    def forward(self, x: Tensor, *, context: Tensor) -> Tensor:
+        return self.rest(super().forward(x + context))
+
+    @torch.compiler.disable
+    def rest(self, x: Tensor) -> Tensor:
+        time.sleep(self.late[0])
+        return Late.apply(x, self.late[1])
+
+
+class LateTower(nn.Module):
+    """Parameters before, in and after two blocks; those before them get their gradients last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 12), nn.Linear(12, 1)
+        self.blocks = nn.ModuleList([LateBlock(), LateBlock()])
+        self.late = 0.0  # seconds that the backward of `first` takes longer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = context = Late.apply(self.first(x), self.late)
+        for block in self.blocks:
+            x = block(x, context=context)
+        return self.last(x).sum()
+
+    encode = forward
+
+
+def fsdp_waits_for_the_late_rank(rank: int, world: int) -> None:
+    """Wherever that is, the early rank's time is communication, and the late one's is its own."""
+    for compiled in (False, True):
+        model = LateTower()
+        x = torch.ones(3, 12, requires_grad=True)
+        spread = Spread(model, TrainConfig(strategy="fsdp"), World(rank, world))
+        if compiled:
+            for block in model.blocks:
+                block.compile(backend="eager")
+        waits = spread.waits()
+
+        def step(model: LateTower = model, spread: Spread = spread, waits: Any = waits, x: Tensor = x) -> list[dict[str, float]]:
+            """The parts of a step, of both ranks."""
+            dist.barrier()
+            marks = Marks(torch.device("cpu"), waits)
+            loss = spread("__call__", x)
+            marks.passed("forward")
+            loss.backward()
+            marks.passed("backward")
+            model.zero_grad(set_to_none=True)
+            found: list[Any] = [None, None]
+            dist.all_gather_object(found, marks.seconds())
+            assert min(*found[0].values(), *found[1].values()) > -1e-6, found
+            return found
+
+        step(), step()
+        first, second = model.blocks
+        places: dict[str, tuple[Any, Any]] = {
+            "the first block's forward": (first, (0.3, 0.0)),  # before the second one's parameters are gathered
+            "the second block's forward": (second, (0.3, 0.0)),  # before those of the first are gathered again
+            "the second block's backward": (second, (0.0, 0.3)),
+            "the first block's backward": (first, (0.0, 0.3)),
+            "the backward before the blocks": (model, 0.3),
+            "the first block's backward, the last": (first, (0.0, 0.3)),  # its last gradient comes before it hands them on
+        }
+        for where in list(places)[:: 3 if compiled else 1]:
+            place, late = places[where]
+            model.first.requires_grad_("the last" not in where)
+            on_time, own = place.late, "forward" if "forward" in where else "backward"
+            place.late = late if rank else on_time
+            for _ in range(5):  # either rank may be late for reasons of the machine's
+                early, slow = step()
+                right = early["communication"] > 0.2 and early["forward"] + early["backward"] < 0.15
+                if right and slow["communication"] < 0.15 and slow[own] > 0.29:
+                    break
+            else:
+                raise AssertionError((where, early, slow))
+            place.late = on_time
+
+        for _ in range(5):
+            with spread.gathered(), torch.no_grad():
+                first.late = 0.3 * rank, 0.0
+                model.encode(x)
+                first.late = 0.0, 0.0
+            assert waits._spans
+            if step()[0]["communication"] < 0.15:  # what was waited for in between is of no step
+                break
+        else:
+            raise AssertionError("an evaluation's waits are counted")
+        waits.close()
+        step()
+        assert not waits._spans
+
+
 def test_two_ranks(tmp_path: Path) -> None:
-    run(2, tmp_path, [losses, strategies, cached, a_rank_waits_for_the_late_one])
+    run(2, tmp_path, [losses, strategies, cached, a_rank_waits_for_the_late_one, fsdp_waits_for_the_late_rank])
 
 
 def test_three_ranks(tmp_path: Path) -> None:
@@ -215,7 +319,8 @@ def test_memory() -> None:
     assert scaling.MEMORY["sharded_sigmoid_loss"](setting(2)) == 8 * 8 * WIDTH
     s = replace(setting(2), parameters=100, in_blocks=60, largest_block=20, item=2, stash_bytes=100)
     assert scaling.MEMORY["DDP"](s) == 1600
-    assert scaling.MEMORY["FSDP2"](s) == 800 + 4 * (40 + 40)
+    assert scaling.MEMORY["FSDP2"](s) == 800 + 2 * (40 + 40)
+    assert scaling.MEMORY["FSDP2"](replace(s, weight_item=4)) == 800 + 4 * (40 + 40)
     assert scaling.MEMORY["sharded_sigmoid_loss"](s) == 8 * 8 * WIDTH
     assert scaling.MEMORY["sharded_clip_loss"](s) == 8 * 8 * WIDTH + 2 * 4 * 8
     assert scaling.MEMORY["sharded_clip_loss"](replace(s, stash_bytes=10)) == 8 * 8 * WIDTH + 10

@@ -156,7 +156,6 @@ class ImageSpec:
     """
 
     size: int = 224
-    pictures: int = 1  # of each sample
     mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
     std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
     scale: list[float] = field(default_factory=lambda: [0.9, 1.0])  # RandomResizedCrop: share of the picture's area

@@ -182,3 +182,21 @@ def test_the_whole_batch_is_counted_though_a_part_is_read(
         assert main([*settings, "--dry-run"]) == 0
         outputs.append(capsys.readouterr().out.split("\n", 1)[1])
     assert read == [16, 8] and outputs[0] == outputs[1] and torch.is_grad_enabled()
+
+
+def test_rows_of_texts_grow_with_the_batch() -> None:
+    """Of texts with any number of rows a sample, as many for each as were loaded."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    import torch
+
+    from vlpfast.cli.dry_run import _of_size
+
+    speed = SimpleNamespace(skeleton=SimpleNamespace(fake=nullcontext()))
+    loaded = {"index": torch.arange(4), "text": torch.zeros(4, 7), "answers": torch.zeros(10, 3), "answers_of": torch.zeros(10)}
+    sized = _of_size({**loaded, "key": list("abcd")}, 8, speed)
+    shapes = {name: list(value.shape) for name, value in sized.items() if name != "key"}
+    assert shapes == {"index": [8], "text": [8, 7], "answers": [20, 3], "answers_of": [20]} and len(sized["key"]) == 8
+    packed = {"text": torch.zeros(2, 9), "cu_seqlens": torch.zeros(6), "index": torch.arange(5)}
+    assert list(_of_size(packed, 8, speed)["text"].shape) == [8, 9]

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from vlpfast.data import ShardWriter, make_loader
+from vlpfast.data.inspect import stats
+from vlpfast.data.shards import verify
 from vlpfast.types import AugmentSpec, DataSpec, ImageSpec, RandAugmentSpec, UserError, ViewSpec
 
 HAS_DALI = find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
@@ -132,3 +134,24 @@ def test_specifications_that_make_no_sense(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             make_loader("x", DataSpec(spec, None), None, 4, train=True, backend="plain")
+
+
+def test_verify_looks_at_each_picture(tmp_path):
+    def damage(i, members):
+        last = list(members)[1]
+        return members | {last: members[last][: len(members[last]) // 2]} if i in (3, 8) else members
+
+    pairs, _ = write(tmp_path, damage)
+    report = verify(pairs)
+    found = [pair for shard in report.shards for pair in shard.damaged]
+    assert [key for key, _ in found] == ["k03", "k08"] and all(reason.startswith("1.") for _, reason in found)
+
+
+def test_captions_in_a_list(tmp_path):
+    """stats and verify take them as the loader's evaluation does."""
+    with ShardWriter(tmp_path, "s") as writer:
+        for i, captions in enumerate((["one two", "three"], [], ["a", 3])):
+            writer.write(f"k{i}", {"jpg": encoded(i), "json": json.dumps({"caption": captions}).encode()})
+    found = [pair for shard in verify(str(tmp_path)).shards for pair in shard.damaged]
+    assert [key for key, _ in found] == ["k1", "k2"] and all(reason.startswith("no caption") for _, reason in found)
+    assert stats(str(tmp_path)).words == [2, 1]  # "one two", "a"

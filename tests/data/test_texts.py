@@ -495,6 +495,18 @@ def test_damage_is_named_and_made_up_for(tmp_path, tokenizer):
     assert len(loader.skipped) == 3
 
 
+def test_a_field_that_no_sample_has_is_told_at_once(tmp_path, tokenizer, caplog):
+    folder = write(tmp_path)
+    spec = DataSpec(None, TextSpec(9), texts={"a": TextSpec(9, ["{qa.questoin}"])})
+    loader = make_loader(folder, spec, tokenizer, 4, train=True)
+    assert caplog.messages == ['none of the first 8 samples can be used: there is no "qa.questoin" in the json member']
+    with pytest.raises(UserError, match=r"too few samples can be used: 30 of this rank's 30 are damaged.*qa.questoin"):
+        next(iter(loader))
+    caplog.clear()
+    make_loader(write(tmp_path / "b", bad=range(7)), SPEC, tokenizer, 4, train=True)
+    assert not caplog.messages
+
+
 def test_the_position_is_exact_and_ranks_share(tmp_path, tokenizer):
     folder = write(tmp_path, bad={4})
     whole = make_loader(folder, SPEC, tokenizer, 4, train=True, seed=5)

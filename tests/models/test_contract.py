@@ -233,7 +233,7 @@ def check_encoder(encode, inputs: list[Tensor]) -> None:
 
 @every_model
 def test_learns_one_batch_by_heart(name: str) -> None:
-    model = build(name).train()
+    model = build(name, **CASES[name].alone).train()
     batch = make_batch(model.config.data, 8)
     sums = train(model, optimizer_for(model, CASES[name].lr), [batch] * 20)
     assert sums[-1] < CASES[name].by_heart * sums[0], sums

@@ -603,6 +603,7 @@ def test_head_without_a_question() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     bert, (text, mask, context) = make(), inputs()
+    cache = BertCache()
     for message, call in {
         r"text: expected \[B, L\] with L at most 16, got \(1, 17\)": lambda: bert(torch.ones(1, 17, dtype=torch.int64)),
         r"text_mask: expected bool \[6, 7\].*got torch.bool \[6, 6\]": lambda: bert(text, mask[:, 1:]),
@@ -615,10 +616,14 @@ def test_wrong_arguments_are_named() -> None:
         r"context_mask: expected \[3, 5\], got \[6, 5\]": lambda: bert(
             text, context=context, context_mask=torch.ones(6, 5).bool()
         ),
+        "context_mask: expected None without a context": lambda: bert(text, context_mask=torch.ones(3, T).bool()),
         r"context: expected None, because no layer of range\(0, 2\)": lambda: bert(text, context=context, layers=range(2)),
         r"need_weights: expected a layer with a cross-attention in range\(0, 4\), got 1": lambda: bert(
             text, context=context, need_weights=1
         ),
+        "text: expected at most 16 tokens with those in the cache, got 14 and 7": lambda: [
+            bert(text, mask="causal", cache=cache) for _ in range(3)
+        ],
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

@@ -477,6 +477,7 @@ def test_compiles_whole() -> None:
     [
         ({"text": "both"}, "text: expected full, input or none, got 'both'"),
         ({"type_vocab": 2}, "type_vocab: expected 0"),
+        ({"causal_attention": True}, "causal_attention: expected false"),
         ({"queries": 0}, "queries: expected at least 1, got 0"),
         ({"heads": 3}, "heads: expected a divisor of the width 32, got 3"),
         ({"cross_attention": [0, 4]}, "cross_attention: expected layers below 4, got 4"),
@@ -487,6 +488,18 @@ def test_wrong_configs_are_named(changes: dict, message: str) -> None:
         make(**changes)
 
 
+def filled(qformer: QFormer, context: Tensor) -> BertCache:
+    cache = BertCache()
+    qformer.encode_queries(context, cache=cache)
+    return cache
+
+
+def too_long(qformer: QFormer, context: Tensor, text: Tensor) -> None:
+    cache = filled(qformer, context)
+    for _ in range(3):
+        qformer.encode_text(text, cache=cache)
+
+
 def test_wrong_arguments_are_named() -> None:
     qformer, (context, text, mask) = make(), inputs()
     for message, call in {
@@ -495,6 +508,10 @@ def test_wrong_arguments_are_named() -> None:
         r"text: expected none, this Q-Former was made without": lambda: make(text="none")(context, text, mask),
         r"text: expected a Q-Former whose last layer": lambda: make(text="input").encode_text(text, mask),
         r"text_mask: expected bool \[4, 9\]": lambda: qformer(context, text, mask[:, 1:]),
+        "context_mask: expected None beside a context that was read": lambda: qformer.encode_pairs(
+            text, mask, filled(qformer, context).of_context(), context_mask=torch.ones(B, T).bool()
+        ),
+        "text: expected at most 16 tokens with those in the cache, got 12 and 6": lambda: too_long(qformer, context, text),
         "context: expected rows of which each serves as many of the 4 rows": lambda: qformer(context[:3], text, mask),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -576,7 +576,7 @@ def spread_as_whole(rank: int, world: int, folder: Path) -> None:
     sharded = nn.ParameterList([nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))])
     with pytest.raises(UserError, match=r"train.optimizer=adafactor: torch's does not take FSDP's parameters"):
         build_optimizer(sharded, TrainConfig(optimizer="adafactor"), "s", Stage())
-    with pytest.raises(UserError, match=r"train.precision=bf16_params: FSDP spreads float32 parameters"):
+    with pytest.raises(UserError, match=r"train.precision=bf16_params: FSDP.s forwards hold bf16 weights anyway"):
         working_weights(sharded, "bf16_params")
 
     sharded.append(nn.Parameter(torch.ones(())))  # as FSDP2 leaves a temperature

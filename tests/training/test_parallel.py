@@ -101,19 +101,19 @@ class Share(ToyLoader):
             yield Batch(**{key: value[self.world.rank :: self.world.size] for key, value in batch.items()})
 
 
-def config(folder: Path, *overrides: str) -> RunConfig:
+def config(folder: Path, *overrides: str, model: type[Pair] = Pair) -> RunConfig:
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"pair-{os.getpid()}.yaml"  # ranks share the folder
     path.write_text(CONFIG)
-    return load_config(path, [f"train.run_dir={folder / 'run'}", *overrides], lambda name: Pair)
+    return load_config(path, [f"train.run_dir={folder / 'run'}", *overrides], lambda name: model)
 
 
-def trained(folder: Path, world: World, *overrides: str) -> tuple[Trainer, list[float]]:
+def trained(folder: Path, world: World, *overrides: str, model: type[Pair] = Pair) -> tuple[Trainer, list[float]]:
     """The trainer after its steps, and each step's loss."""
-    settings = config(folder, *overrides)
+    settings = config(folder, *overrides, model=model)
     seed_everything(settings.train.seed)
     losses: list[float] = []
-    trainer = Trainer(settings, Pair(settings.model.config), lambda name, stage: Share(world, 24), world)
+    trainer = Trainer(settings, model(settings.model.config), lambda name, stage: Share(world, 24), world)
     keep = trainer._write_taken
 
     def write(leave: int) -> None:
@@ -394,3 +394,9 @@ def test_other_numbers_of_ranks_see_each_sample_once(tmp_path: Path) -> None:
     one_part_of_an_epoch(0, 1, tmp_path, 8)
     seen = [i for log in tmp_path.glob("log*") for line in log.read_text().splitlines() for i in json.loads(line)]
     assert len(seen) == 8 * 12 == len(set(seen)) and not {7, 40, 41} & set(seen)
+
+
+def test_rows_that_are_not_samples_cannot_be_divided() -> None:
+    batch = {"image": torch.zeros(4, 3), "answer": torch.zeros(6, 2), "answer_of": torch.tensor([0, 0, 1, 2, 3, 3])}
+    with pytest.raises(UserError, match=r"train\.micro_batch: .* answer_of is there"):
+        feature_cache.divide(batch, 2)

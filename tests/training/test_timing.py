@@ -24,36 +24,37 @@ def test_parts_are_the_time_between_marks() -> None:
 
 
 def test_waiting_is_split_off() -> None:
-    marks = Marks(CPU)
+    last = LastGradient([], CPU)
+    last.moment = time.perf_counter()  # of what came before the step
     time.sleep(0.02)
-    arrived = time.perf_counter()
+    marks = Marks(CPU, last)
+    begin = time.perf_counter()
+    marks.passed("forward")  # no gradient has come yet
+    time.sleep(0.02)
+    last.moment = arrived = time.perf_counter()
     time.sleep(0.03)
     marks.passed("backward")
-    marks.waited(None)
-    whole = marks.seconds()["backward"]
-    last = LastGradient(nn.Linear(2, 2), CPU)
-    marks.waited(last)  # no gradient has come yet
-    assert list(marks.seconds()) == ["backward"]
-    last.moment = arrived
-    marks.waited(last)
+    end = time.perf_counter()
     marks.passed("optimizer")
     found = marks.seconds()
-    assert list(found) == ["backward", "communication", "optimizer"]
-    assert found["backward"] + found["communication"] == pytest.approx(whole) and found["communication"] >= 0.03
+    assert list(found) == ["forward", "backward", "communication", "optimizer"]
+    assert found["communication"] == pytest.approx(end - arrived, abs=5e-3) and found["communication"] >= 0.03
+    assert found["backward"] == pytest.approx(arrived - begin, abs=5e-3) and found["forward"] < 5e-3
 
 
 def test_last_gradient() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[0].weight.requires_grad_(False)
-    last = LastGradient(model, CPU)
+    last = LastGradient(model.parameters(), CPU)
     assert last.moment is None
     before = time.perf_counter()
     model(torch.ones(2, 3)).sum().backward()
-    assert before < last.moment < time.perf_counter()
-    moment = last.moment
+    arrived, after = last.moment, time.perf_counter()
+    assert before < arrived < after
+    assert last.until(after) == [(arrived, after)] and last.until(after) == []
     last.close()
     model(torch.ones(2, 3)).sum().backward()
-    assert last.moment == moment
+    assert last.moment is None
 
 
 def test_peak_memory_of_a_process_grows_with_what_it_touches() -> None:

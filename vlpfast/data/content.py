@@ -15,7 +15,7 @@ from vlpfast.data.pictures import DamagedSample
 from vlpfast.data.points_file import npy_info, points_info
 from vlpfast.data.shards import AUDIO_EXTENSIONS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, ShardSet
 
-_DOCUMENT_PICTURE = re.compile(rf"\d+\.({'|'.join(IMAGE_EXTENSIONS)})")
+_NUMBERED_PICTURE = re.compile(rf"\d+\.({'|'.join(IMAGE_EXTENSIONS)})")
 
 _MEDIA: dict[str, Callable[[BinaryIO], Any]] = {
     **dict.fromkeys(VIDEO_EXTENSIONS, video_info),
@@ -58,6 +58,8 @@ def problems(shards: ShardSet, samples: Sequence[int], wanted: Needs, decode: bo
         for name in shards.extensions(i):
             if name in _MEDIA:
                 own.append(_media_problem(shards, i, name, _MEDIA[name], decode))
+            elif _NUMBERED_PICTURE.fullmatch(name) and (problem := _numbered_problem(shards, i, name, decode)):
+                own.append(problem)
         found.append([problem for problem in own if problem])
     return found
 
@@ -75,11 +77,17 @@ def _document_problems(shards: ShardSet, i: int, parts: Any, decode: bool) -> li
         return ['its "parts" are no list of objects']
     found = []
     for name in [part["image"] for part in parts if "image" in part]:
-        if not isinstance(name, str) or not _DOCUMENT_PICTURE.fullmatch(name) or name not in shards.extensions(i):
+        if not isinstance(name, str) or not _NUMBERED_PICTURE.fullmatch(name) or name not in shards.extensions(i):
             found.append(f"it has no member {name!r}, which its parts name")
-        elif problem := store._picture_problem(shards.read([i], [name])[0], decode):
-            found.append(f"{name}: {problem}")
+        elif problem := _numbered_problem(shards, i, name, decode):
+            found.append(problem)
     return found
+
+
+def _numbered_problem(shards: ShardSet, i: int, name: str, decode: bool) -> str:
+    """Of one of the pictures of a document, or of a sample of several (ImageSpec.pictures)."""
+    problem = store._picture_problem(shards.read([i], [name])[0], decode)
+    return f"{name}: {problem}" if problem else ""
 
 
 def _media_problem(shards: ShardSet, i: int, name: str, about: Callable[[BinaryIO], Any], decode: bool) -> str:

@@ -220,6 +220,7 @@ def _caption(text: np.ndarray | None, record: dict[str, Any]) -> str | None:
     if text is not None:
         return text.tobytes().decode("utf-8", "replace").strip()
     caption = record.get("caption")
+    caption = caption[0] if isinstance(caption, list) and caption else caption  # of several, what evaluation takes
     return caption if isinstance(caption, str) else None
 
 

@@ -98,6 +98,9 @@ def make_loader(
     out, logged and kept in `skipped`; the next one of the order takes its place. The caption is the member `txt`, or "caption" in
     the member `json`; all other fields are the JSON's.
 
+    With spec.documents a batch is `batch_size` rows of packed documents instead, of any number of samples: see DocumentLoader in
+    packing.py.
+
     patterns: shards as ShardSet takes them, or those of each source by its name. weights: share of the samples by source, of any
     sum; "sqrt": in proportion to the square roots of the sources' sizes; None: to the sizes. templates, answers: by source and
     text, in place of those of the TextSpec. subset: positions of the samples that count among all samples of the shards, which
@@ -149,7 +152,8 @@ def make_loader(
     else:
         shards = ShardSet(patterns, threads=threads)
         shards = shards if subset is None else Subset(shards, subset)
-    texts.targets.measure(read_records(shards, range(min(len(shards), LOOK_AT))) if spec.targets else [])
+    if texts.captions or texts.json:
+        _look(texts, shards, mixture)
     if train and packing is None and len(shards) // world_size < batch_size:
         raise UserError(
             f"{len(shards)} samples in {len(shards.shards)} shards are fewer than one global batch of {world_size * batch_size}"
@@ -451,6 +455,23 @@ def parse_json(content: np.ndarray | None) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DamagedSample(f"the json member is a {type(record).__name__}, expected an object")
     return record
+
+
+def _look(texts: Texts, shards: ShardSet, mixture: Mixture | None) -> None:
+    """At the first samples: a warning, hours before the end of an epoch, if none of them has what texts and targets name."""
+    first = range(min(len(shards), LOOK_AT))
+    records = read_records(shards, first)
+    texts.targets.measure(records)
+    sources = mixture.source_of(np.array(first)) if mixture is not None else [0] * len(first)
+    captions = shards.read(first, ("txt",)) if texts.captions else [None] * len(first)
+    reasons = []
+    for caption, record, source in zip(captions, records, sources, strict=True):
+        try:
+            texts.inspect(caption, record, int(source))
+        except DamagedSample as error:
+            reasons.append(str(error))
+    if len(reasons) == len(first):
+        _log.warning("none of the first %d samples can be used: %s", len(first), reasons[0])
 
 
 def read_records(shards: ShardSet, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:

@@ -435,10 +435,12 @@ def _caption_problem(text: np.ndarray | None, meta: np.ndarray | None) -> str:
             text.tobytes().decode()
         elif meta is None:
             return 'no caption (a member txt, or "caption" in json)'
-        elif not isinstance(caption := json.loads(meta.tobytes()).get("caption"), str):
-            return 'no caption: its json has no text under "caption"'
         else:
-            caption.encode()
+            captions = json.loads(meta.tobytes()).get("caption")  # a text, or a list of several
+            captions = captions if isinstance(captions, list) else [captions]
+            if not captions or not all(isinstance(caption, str) for caption in captions):
+                return 'no caption: its json has no text under "caption"'
+            "".join(captions).encode()
     except (ValueError, AttributeError, RecursionError) as error:
         return f"its caption cannot be read: {error}"
     return ""

@@ -70,7 +70,8 @@ class Samples:
         text, meta = (self._shards.read([self._index[row]], (extension,))[0] for extension in ("txt", "json"))
         if text is not None:
             return text.tobytes().decode().strip()
-        return "" if meta is None else str(json.loads(meta.tobytes()).get("caption", "")).strip()
+        caption = "" if meta is None else json.loads(meta.tobytes()).get("caption", "")
+        return str(caption[0] if isinstance(caption, list) and caption else caption).strip()
 
 
 def text_to_image(pairs: Pairs, seed: int) -> str:

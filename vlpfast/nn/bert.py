@@ -229,8 +229,7 @@ class Bert(nn.Module):
     def forward(self, text: Tensor, text_mask: Tensor | None = None, **options: Any) -> Any:
         """text [B, L] int64 -> what `run` gives for its embeddings; with a cache, positions go on from there."""
         past = options["cache"].length() if options.get("cache") is not None else 0
-        positions = torch.arange(past, past + text.shape[1], device=text.device) if past else None
-        return self.run(self.embed(text, positions), text_mask, **options)
+        return self.run(self.embed(text, positions_from(past, text, self.config.max_positions)), text_mask, **options)
 
     def embed(self, text: Tensor, positions: Tensor | None = None) -> Tensor:
         """text [B, L] int64, positions [L] or [B, L] int64 (0 .. L - 1 if None) -> [B, L, C], normalised."""
@@ -254,8 +253,9 @@ class Bert(nn.Module):
         """x [B, L, C] -> the states behind the last of `layers`, [B, L, C].
 
         Args:
-            text_mask: [B, P + L] bool, True = token, where P tokens are in the cache; None: all are tokens. Under a causal mask
-                texts padded at their ends need none: no token sees the padding, and without a mask tensor attention is faster.
+            text_mask: [B, P + L] bool, True = token, at least one in each row, where P tokens are in the cache; None: all are
+                tokens. Under a causal mask texts padded at their ends need none: no token sees the padding, and without a mask
+                tensor attention is faster.
             mask: "joint": every token sees every other; "causal": itself and those before it; or [L, P + L] or [B, L, P + L]
                 bool, True = seen. But under "joint" a token, padding too, always sees itself where there is a text_mask.
             context: [B', T, context_width], B a multiple of B'; each of its rows serves B / B' consecutive rows of x, for which
@@ -275,6 +275,8 @@ class Bert(nn.Module):
         seen = self_mask(mask, text_mask, x.shape[0], x.shape[1], past, x.device)
         if context is not None and not any(self.layers[i].cross is not None for i in chosen):
             raise ValueError(f"context: expected None, because no layer of {chosen} has a cross-attention")
+        if context is None and context_mask is not None and cache is None:
+            raise ValueError("context_mask: expected None without a context, got one")
         if need_weights is not None and (need_weights not in chosen or self.layers[need_weights].cross is None):
             raise ValueError(f"need_weights: expected a layer with a cross-attention in {chosen}, got {need_weights}")
         weights, causal = None, isinstance(mask, str) and mask == "causal"
@@ -329,6 +331,13 @@ def run_layer(layer: nn.Module, config: BertConfig, *inputs: Any) -> Any:
     if config.checkpointing and layer.training:
         return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=config.dropout > 0)
     return layer(*inputs)
+
+
+def positions_from(past: int, text: Tensor, limit: int) -> Tensor | None:
+    """Of text [B, L] behind `past` other tokens: past .. past + L - 1; None: 0 .. L - 1. ValueError: more than there are."""
+    if past and past + text.shape[1] > limit:
+        raise ValueError(f"text: expected at most {limit} tokens with those in the cache, got {past} and {text.shape[1]}")
+    return torch.arange(past, past + text.shape[1], device=text.device) if past else None
 
 
 def embed_tokens(text: Tensor, positions: Tensor | None, token_embed: nn.Embedding, position_embed: nn.Embedding) -> Tensor:

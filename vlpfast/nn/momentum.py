@@ -13,6 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from vlpfast.types import UserError
 
+# the new and the old name, neither in a torch that was built without torch.distributed
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
 
 class Momentum(nn.Module):
     """A copy of a module that follows it: after each `update`, w_m <- m w_m + (1 - m) w.
@@ -102,5 +105,5 @@ def gather(rows: Tensor) -> Tensor:
         return rows.detach()
     rows = rows.detach().contiguous()
     gathered = rows.new_empty(world * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows)
+    _all_gather(gathered, rows)
     return gathered

@@ -20,6 +20,7 @@ from vlpfast.nn.bert import (
     check_config,
     embed_tokens,
     initialize,
+    positions_from,
     run_layer,
     self_mask,
 )
@@ -65,8 +66,8 @@ class QFormerLayer(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, LayerCache]:
         """One self-attention over [queries, text], either of which may be missing -> both of them, what the cache becomes.
 
-        They stay apart between layers: joined once for the products of self-attention, never cut out of a joint tensor for those
-        of the other parts. Without need_text, or a feed-forward part for it, None comes out for the text.
+        They stay apart between layers and are joined for the products of self-attention alone. Without need_text, or a
+        feed-forward part for it, None comes out for the text.
         """
         parts = [part for part in (queries, text) if part is not None]
         x, tokens = self.attn(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], mask, cache.tokens)
@@ -103,6 +104,8 @@ class QFormer(nn.Module):
             raise UserError(f"text: expected full, input or none, got {config.text!r}")
         if config.type_vocab:
             raise UserError(f"type_vocab: expected 0, a Q-Former has no segments, got {config.type_vocab}")
+        if config.causal_attention:
+            raise UserError("causal_attention: expected false, a Q-Former has one self-attention for all, got true")
         if config.queries < 1:
             raise UserError(f"queries: expected at least 1, got {config.queries}")
         self.config = config
@@ -151,7 +154,7 @@ class QFormer(nn.Module):
         """context [B', T, context_width] -> states of the queries [B, Q, C].
 
         Args:
-            context: or a cache that has read it in another pass (`BertCache.of_context`); then context_mask is that pass's.
+            context: or a cache that has read it, and its mask, in another pass (`BertCache.of_context`).
             queries: [B, Q', C] in place of the learned ones, from before the norm (GeoX adds a vector of the picture to them);
                 B may be a multiple of B'. None: B = B'.
             context_mask: [B', T] bool, True = seen, or float, added to the scores (GeoX's gates); or such by layer,
@@ -217,6 +220,8 @@ class QFormer(nn.Module):
         cache: BertCache | None = None,
         need_text: bool = True,
     ) -> tuple[Tensor | None, Tensor | None]:
+        if isinstance(context, BertCache) and context_mask is not None:
+            raise ValueError("context_mask: expected None beside a context that was read with its own, got one")
         context, read = (None, context) if isinstance(context, BertCache) else (context, cache)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
@@ -237,7 +242,7 @@ class QFormer(nn.Module):
         """[B, L] -> [B, L, C], normalised"""
         if self.token_embed is None:
             raise ValueError("text: expected none, this Q-Former was made without (text=none)")
-        positions = torch.arange(past, past + text.shape[1], device=text.device) if past else None
+        positions = positions_from(past, text, self.config.max_positions)
         x = self.norm(embed_tokens(text, positions, self.token_embed, self.position_embed))
         return F.dropout(x, self.config.dropout, self.training)
 

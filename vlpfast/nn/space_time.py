@@ -8,10 +8,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vlpfast.nn.attention import Attention
-from vlpfast.nn.transformer import Block, Transformer, TransformerConfig
+from vlpfast.nn.transformer import Block, Stack, Transformer, TransformerConfig
 from vlpfast.nn.vit import ViT, ViTConfig
 from vlpfast.ops.temporal import temporal_attention
 from vlpfast.types import UserError
@@ -79,14 +78,12 @@ class DividedBlock(nn.Module):
         return attn.out_proj(temporal_attention(q, k, v, attn.heads))
 
 
-class SpaceTimeTransformer(nn.Module):
+class SpaceTimeTransformer(Stack):
     """`stack`'s blocks (a new Transformer's unless given), each with attention over frames before it."""
 
     def __init__(self, config: TransformerConfig, class_token: ClassToken = "clip", stack: Transformer | None = None) -> None:
-        super().__init__()
-        self.checkpointing = config.checkpointing
         spatial = (stack or Transformer(config)).blocks
-        self.blocks = nn.ModuleList(DividedBlock(config, block, class_token) for block in spatial)
+        super().__init__((DividedBlock(config, block, class_token) for block in spatial), config.checkpointing)
 
     def start_from_spatial(self) -> None:
         for block in self.blocks:
@@ -95,11 +92,7 @@ class SpaceTimeTransformer(nn.Module):
     def forward(self, x: Tensor, frame: int | None = None) -> Tensor:
         """x [B, T, N, width] -> the same; with `frame` that frame alone, [B, 1, N, width]: the last block makes no other."""
         for i, block in enumerate(self.blocks):
-            wanted = frame if i == len(self.blocks) - 1 else None
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, wanted, use_reentrant=False, preserve_rng_state=False)  # no randomness in a block
-            else:
-                x = block(x, wanted)
+            x = self.run(block, x, frame if i == len(self.blocks) - 1 else None)
         return x
 
 

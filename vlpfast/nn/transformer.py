@@ -61,14 +61,27 @@ class Block(nn.Module):
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
-class Transformer(nn.Module):
+class Stack(nn.Module):
+    """Blocks, and how each of them is run."""
+
+    def __init__(self, blocks: Iterable[nn.Module], checkpointing: bool) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.blocks = nn.ModuleList(blocks)
+
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        """block(*inputs), checkpointed where it is wanted."""
+        if self.checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # no randomness in a block
+        return block(*inputs)
+
+
+class Transformer(Stack):
     """`layers` blocks of one mask, with CLIP's initialisation: the deeper the stack, the less each block adds at first."""
 
     def __init__(self, config: TransformerConfig, blocks: Iterable[Block] | None = None) -> None:
         """blocks: in place of Block(config)."""
-        super().__init__()
-        self.checkpointing = config.checkpointing
-        self.blocks = nn.ModuleList(blocks or (Block(config) for _ in range(config.layers)))
+        super().__init__(blocks or (Block(config) for _ in range(config.layers)), config.checkpointing)
         residual_std = (2 * config.width * config.layers) ** -0.5
         for block in self.blocks:
             nn.init.normal_(block.attn.in_proj.weight, std=config.width**-0.5)
@@ -84,9 +97,3 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = self.run(block, x, mask)
         return x
-
-    def run(self, block: Block, *inputs: Any) -> Any:
-        """block(*inputs), checkpointed where it is wanted."""
-        if self.checkpointing and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # no randomness in a block
-        return block(*inputs)

@@ -105,12 +105,13 @@ class TrainConfig:
     clip_grad_value: float = 0.0  # each entry of a gradient, after clip_grad_norm; 0: no clipping
     ema_decay: float = 0.0  # evaluate and export an exponential moving average of the weights; 0: the weights themselves
     # auto: bf16 where the hardware multiplies it natively. All but bf16_params, whose forwards hold bf16 copies of the matrices,
-    # are autocast over float32 parameters
+    # are autocast over float32 parameters; with fsdp forwards hold the parameters in bf16 or fp16 in every one but fp32
     precision: Literal["auto", "fp32", "bf16", "fp16", "bf16_params"] = "auto"
     loss_scale: float = 65536.0  # fp16: the first
     loss_scale_interval: int = 2_000  # fp16: finite steps after which it is doubled
     device: str = "auto"  # auto: the GPU where there is one
     strategy: Literal["ddp", "fsdp"] = "ddp"  # of many ranks: all of the model on each, or a part of it
+    find_unused: bool = False  # ddp: a trained parameter may be without a gradient in some steps, or on some ranks, alone
     activation_checkpointing: bool = False  # recompute each block's activations in the backward
     compile: Literal["none", "block", "step"] = "none"  # torch.compile: each repeated block, or the model's whole forward
     timeout_minutes: float = 10.0  # after which a rank that waits for another gives up
@@ -176,6 +177,7 @@ MAY_CHANGE = (
     "train.steps",
     "train.micro_batch",
     "train.strategy",
+    "train.find_unused",
     "train.activation_checkpointing",
     "train.timeout_minutes",
     "train.device",
@@ -430,6 +432,8 @@ def _validate(config: RunConfig) -> None:
                 key = f"stages.{name}.groups.{pattern}.layer_decay"
                 raise UserError(f"{key}: expected a number above 0 and at most 1, got {group.layer_decay}")
     _validate_optimizer(config.train)
+    if config.train.find_unused and config.train.strategy != "ddp":
+        raise UserError("train.find_unused belongs to train.strategy=ddp: FSDP2 wants every rank to use the same parameters")
     if not config.train.run_dir:
         raise UserError("train.run_dir: expected a folder, got an empty string")
     for name, stage in config.stage_list():

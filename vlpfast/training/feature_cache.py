@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlpfast.training.parallel import Spread
-from vlpfast.types import Batch
+from vlpfast.types import Batch, UserError
 
 
 def backward(
@@ -59,7 +59,13 @@ def backward(
 
 
 def divide(batch: Batch, size: int) -> list[Batch]:
-    """The fields of a batch, tensors [B, ...] and lists [B], in parts of `size` samples; the last may be smaller."""
+    """The fields of a batch, tensors [B, ...] and lists [B], in parts of `size` samples; the last may be smaller.
+
+    UserError: it has rows that are not one for each sample (TextSpec.every, packed documents).
+    """
+    for key in batch:
+        if key.endswith("_of") or key == "cu_seqlens":
+            raise UserError(f"train.micro_batch: expected a row for each sample in every field of a batch, {key} is there; use 0")
     count = next(len(value) for value in batch.values())
     starts = range(0, count, size)
     return [{key: value[start : start + size] for key, value in batch.items()} for start in starts]  # type: ignore[misc]

@@ -49,7 +49,8 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """In which dtype forwards make their products (torch.autocast); None: float32, no autocast.
 
-    Parameters, gradients and the optimiser are float32 in every precision, but see BFloat16Weights.
+    Parameters, gradients and the optimiser are float32 in every precision, but see BFloat16Weights, and Spread for what FSDP2's
+    forwards hold.
     """
     if precision == "auto":
         return torch.bfloat16 if is_fast(torch.bfloat16, device) else None
@@ -110,7 +111,7 @@ def working_weights(model: nn.Module, precision: str) -> AbstractContextManager[
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 raise UserError(f"train.precision={precision}: expected float32 parameters, {name} is {parameter.dtype}")
             if precision == "bf16_params" and isinstance(parameter, DTensor):
-                raise UserError("train.precision=bf16_params: FSDP spreads float32 parameters: use train.precision=bf16")
+                raise UserError("train.precision=bf16_params: FSDP's forwards hold bf16 weights anyway: use train.precision=bf16")
     return BFloat16Weights(model) if precision == "bf16_params" else nullcontext()
 
 

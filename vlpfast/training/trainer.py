@@ -116,8 +116,8 @@ class Trainer:
             )
         self._samples = world.share(config.train.batch_size)
         self._speed = Speed(model, self.device, self._dtype)
-        self._last_gradient: LastGradient | None = None
-        self._spread = Spread(model, config.train, world)
+        self._waits: LastGradient | None = None
+        self._spread = Spread(model, config.train, world, self._dtype)
 
     def fit(self) -> bool:
         """Trains to the end and writes model.safetensors. False: SIGTERM or SIGUSR1 came; the step was finished and saved.
@@ -203,8 +203,6 @@ class Trainer:
         self._weights = working_weights(self.model, train.precision)
         with self._weights:
             self._spread.begin_stage()
-            if self.world.size > 1 and train.strategy == "ddp":
-                self._last_gradient = LastGradient(self.model, self.device)
         self._optimizer = build_optimizer(self.model, train, name, stage)
         self._average = WeightAverage(self.model, train.ema_decay) if train.ema_decay else None
         if state is not None:
@@ -212,6 +210,8 @@ class Trainer:
             self._scale.load_state_dict(state.get("loss_scale", {}))
         if position.stage_step >= steps:
             return True
+        with self._weights:
+            self._waits = self._spread.waits()
         loader = self.loader_for_stage(name, stage)
         self._taken: deque[_Taken] = deque()
         self._stopped = False
@@ -225,8 +225,8 @@ class Trainer:
             self._save(loader)
         finally:
             loader.close()
-            if self._last_gradient is not None:
-                self._last_gradient.close()
+            if self._waits is not None:
+                self._waits.close()
         if self._stopped:
             self._saver.wait()
             kind = self._received[0].name if self._received else "another rank was told to stop"
@@ -259,6 +259,8 @@ class Trainer:
             taken = self._step(batch, name, stage, progress)
             if uncounted and self.world.is_first:
                 self._display.say(self._speed.keep(self.run_dir, self._samples))
+                if self._spread.unused:
+                    self._display.say(f"stage {name}: {self._spread.about_unused()}")
             position.step += 1
             position.stage_step += 1
             now = time.perf_counter()
@@ -291,7 +293,7 @@ class Trainer:
 
     def _step(self, batch: Batch, name: str, stage: Stage, progress: Progress) -> _Taken:
         model, optimizer, train, spread = self.model, self._optimizer, self._train, self._spread
-        marks = Marks(self.device)
+        marks = Marks(self.device, self._waits)
         batch = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) and key not in ON_HOST else value
             for key, value in batch.items()
@@ -317,7 +319,6 @@ class Trainer:
                 marks.passed("forward")
                 self._scale.scaled(loss).backward()
                 marks.passed("backward")
-                marks.waited(self._last_gradient)
         spread.finish(averaged=not divided)
         if self.world.size > 1:
             marks.passed("communication")
