@@ -99,6 +99,11 @@ def trained(run_dir: Path, changes: dict[str, Any], stages: dict[str, Any], base
     return model.eval(), tokenizers
 
 
+def letters(text: str) -> str:
+    """Of "t - shirt" and "T-shirt" the same."""
+    return re.sub(r"\W", "", text.lower())
+
+
 def accuracy(model: Any, tokenizers: Any, pattern: str, field: str = "instructions") -> float:
     """Of the first question of each picture."""
     data = model.config.data
@@ -111,7 +116,7 @@ def accuracy(model: Any, tokenizers: Any, pattern: str, field: str = "instructio
         for batch in loader:
             written = model.generate(batch, beams=1, repetition_penalty=1.0, max_new_tokens=12)
             for ids, record in zip(written.tolist(), batch["meta"], strict=True):
-                right.append(tokenizers["lm"].decode(ids) == record[field][0]["answer"].lower())
+                right.append(letters(tokenizers["lm"].decode(ids)) == letters(record[field][0]["answer"]))
     finally:
         loader.close()
     return statistics.mean(right)
