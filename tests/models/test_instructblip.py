@@ -187,6 +187,13 @@ def test_paper_scale() -> None:
     assert InstructBLIP.Config.paper() == InstructBLIP.Config()
 
 
+def test_first_weights_of_the_queries_reader() -> None:
+    for std in (0.02, 0.09):
+        qformer = InstructBLIP(replace(SMALL, init_std=std)).reader.qformer
+        assert qformer.layers[0].attn.in_proj.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert qformer.token_embed.weight[1:].std().item() == pytest.approx(std, rel=0.05)
+
+
 # --- modes
 
 

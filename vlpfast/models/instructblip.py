@@ -67,6 +67,7 @@ class InstructBLIP(nn.Module):
         language: LMConfig = field(default_factory=lambda: LMConfig("flan-t5-xl", {"dense_act_fn": "gelu"}, dtype="bfloat16"))
         vision: ViTConfig = field(default_factory=eva_giant)
         qformer: QFormerConfig = field(default_factory=QFormerConfig)
+        init_std: float = 0.02  # of the Q-Former's first weights, BERT's at width 768; a narrow one needs more to attend at all
         instructed: bool = True  # the Q-Former reads the instruction; False: as BLIP-2's, the queries alone
         few_shot: int = 0  # with an encoder: up to so many samples of the batch stand before each one's own tokens, ...
         few_shot_prob: float = 0.0  # ... any at all with this probability, their number even then; in training alone
@@ -110,6 +111,7 @@ class InstructBLIP(nn.Module):
             return cls(
                 vision=ViTConfig.deit(patch_size=8, width=128, layers=3, heads=4, stem=[32, 64], patch_bias=False),
                 qformer=qformer,
+                init_std=0.09,  # 1 / sqrt(width)
                 language=LMConfig("tiny-llama", {"vocab_size": 1024}),
                 answer_length=24,
                 stage1=True,
@@ -147,6 +149,10 @@ class InstructBLIP(nn.Module):
             self.reader: VisualQueries = AlignedQueries(vision, config.qformer, dec_id=config.dec_id, embed_dim=config.embed_dim)
         else:
             self.reader = VisualQueries(vision, config.qformer)
+        with torch.no_grad():
+            for module in self.reader.qformer.modules():
+                if isinstance(module, nn.Linear | nn.Embedding):
+                    module.weight.mul_(config.init_std / 0.02)
         self.language = PrefixLM(config, config.qformer.width)
         if config.few_shot and not self.language.lm.is_encoder_decoder:
             raise UserError("model.few_shot: expected 0 for a language model without an encoder")
