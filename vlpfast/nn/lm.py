@@ -270,7 +270,7 @@ def _described(config: LMConfig) -> Any:
     try:
         from transformers import CONFIG_MAPPING
     except ImportError as error:
-        raise UserError(f"language models need the packages of `pip install vlpfast[lm]`: {error}") from error
+        raise UserError(f"language models need the packages of `pip install vlpfast[llm]`: {error}") from error
     architecture, settings = PRESETS.get(config.architecture, (config.architecture, {}))
     settings = settings | config.settings
     if architecture not in CONFIG_MAPPING:
