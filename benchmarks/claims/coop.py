@@ -65,7 +65,7 @@ Pictures = tuple[Tensor, Tensor]  # features [N, D], labels [N]
 def pretrained(run_dir: Path, steps: int, scenes: int, cache: Path) -> None:
     """Trains the CLIP, unless the run folder holds it already."""
     data = [f"data.num_scenes={scenes}", "data.num_heldout=200", f"data.cache_dir={cache}"]
-    data += ["data.world.objects=[1,1]", "data.world.vocabulary=40", f"model.data.text.templates={json.dumps(CAPTIONS)}"]
+    data += ["data.world.objects=[1,1]", "data.world.vocabulary=12", f"model.data.text.templates={json.dumps(CAPTIONS)}"]
     options = [f"train.run_dir={run_dir}", f"train.steps={steps}", "train.tensorboard_every=0", "evaluation.every=0", *data]
     if train.main([str(ROOT / "configs/clip.yaml"), *options]):
         raise SystemExit("the CLIP was not trained to its end")
