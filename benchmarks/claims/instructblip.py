@@ -128,18 +128,18 @@ def main() -> None:
         "--run-dir", type=Path, default=ROOT / "runs/claims-instructblip", help="keeps the models: started again they are there"
     )
     parser.add_argument("--cache-dir", type=Path, default=ROOT / ".cache/vlpfast")
-    parser.add_argument("--steps", type=int, nargs=4, default=(250, 90, 180, 120), help="language, pretrain, instruct, sampling")
+    parser.add_argument("--steps", type=int, nargs=4, default=(150, 150, 200, 120), help="language, pretrain, instruct, sampling")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--json", type=Path, help="default: results/MACHINE/claims-instructblip.json")
     args = parser.parse_args()
     started = time.perf_counter()
 
-    world = World(seed=11)
+    world = World(seed=11, vocabulary=30)
     splits = {
-        "train": Split(8_000, (1, 2)),
+        "train": Split(8_000, (1, 1)),
         "place": Split(200, (1, 1)),
-        "heldout": Split(600, (1, 2), heldout=True),
-        "heldout_place": Split(600, (1, 1), heldout=True),
+        "heldout": Split(300, (1, 1), heldout=True),
+        "heldout_place": Split(300, (1, 1), heldout=True),
     }
     folder = args.cache_dir / "claims-instructblip"
     patterns = build(folder, world, splits)
@@ -150,9 +150,9 @@ def main() -> None:
     big = rewritten(patterns["train"], parts / "big", seen, BIG)
     small = rewritten(patterns["place"], parts / "small", place, SMALL)
     tests = {
-        "seen template": rewritten(patterns["heldout"], parts / "seen", seen, 500),
-        "new template": rewritten(patterns["heldout"], parts / "unseen", unseen, 500),
-        "place": rewritten(patterns["heldout_place"], parts / "place", place, 400),
+        "seen template": rewritten(patterns["heldout"], parts / "seen", seen, 250),
+        "new template": rewritten(patterns["heldout"], parts / "unseen", unseen, 250),
+        "place": rewritten(patterns["heldout_place"], parts / "place", place, 150),
     }
     shards = {"data.source": "shards", "data.world": {}, "data.cache_dir": str(args.cache_dir)}
 

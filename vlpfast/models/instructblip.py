@@ -93,7 +93,7 @@ class InstructBLIP(nn.Module):
 
         @classmethod
         def tiny(cls) -> InstructBLIP.Config:
-            """For the embedded data on a CPU: 64 x 64 pictures, 2 queries, 1.6 million parameters; ids of tokenizers trained
+            """For the embedded data on a CPU: 48 x 48 pictures, 2 queries, 1.6 million parameters; ids of tokenizers trained
             here."""
             qformer = QFormerConfig(
                 vocab_size=1024,
@@ -119,7 +119,7 @@ class InstructBLIP(nn.Module):
                 dec_id=3,
                 train_vision=True,
                 data=DataSpec(
-                    image=ImageSpec(size=64),
+                    image=ImageSpec(size=48),
                     text=TextSpec(context_length=48, **about),
                     texts={
                         "instruction": TextSpec(context_length=32, templates=[PROMPT], tokenizer="qformer", drop="start"),
