@@ -58,6 +58,10 @@ class InstructBLIP(nn.Module):
     penalty 1 for descriptions, -1 for short answers.
     """
 
+    PAPER = "Dai et al. 2023, arXiv 2305.06500"
+    # With FlanT5-XL, as transformers counts its InstructBLIP, whose output layer is tied, and untied as released
+    PUBLISHED_PARAMETERS = 4_022_969_088
+
     writes_with = "lm"
 
     @dataclass

@@ -94,6 +94,9 @@ class TCL(Aligned):
     alone.
     """
 
+    PAPER = "Yang et al. 2022, arXiv 2202.10401"
+    PUBLISHED_PARAMETERS = 209_500_000  # ALBEF's, whose network it is: 85.8 million of vision, 123.7 million of BERT and its head
+
     @dataclass
     class Config(AlignedConfig):
         """The defaults are the paper's: 85.8 million parameters of vision, 123.7 million of BERT with its head, 0.4 million of
@@ -154,6 +157,9 @@ class TCLRetrieval(Aligned):
 
     Retrieval in two stages (ScoresPairs): 256 candidates by features on COCO, 128 on Flickr30k, then by the logit of "fits".
     """
+
+    PAPER = "Yang et al. 2022, arXiv 2202.10401"
+    PUBLISHED_PARAMETERS = 209_500_000  # as TCL
 
     @dataclass
     class Config(AlignedConfig):

@@ -34,6 +34,9 @@ class TCLVQA(Distilled):
     (alpha was not handed on); both are as ALBEF mended them. One end token behind an answer, not two.
     """
 
+    PAPER = "Yang et al. 2022, arXiv 2202.10401"
+    PUBLISHED_PARAMETERS = None
+
     writes_with = ""
 
     @dataclass
@@ -142,6 +145,9 @@ class TCLNLVR2(Distilled):
     blocks share: train.strategy=ddp.
     """
 
+    PAPER = "Yang et al. 2022, arXiv 2202.10401"
+    PUBLISHED_PARAMETERS = None
+
     @dataclass
     class Config(AlbefConfig):
         text: BertConfig = field(default_factory=pair_text)
@@ -192,6 +198,9 @@ class TCLAssignment(nn.Module):
     the others are those of other pairs of the batch. Cross-entropy of three classes, 0 for a batch of less than three pairs. In
     evaluation, where nothing is drawn, every text is asked for all three. No momentum copy, as in ALBEF's code.
     """
+
+    PAPER = "Yang et al. 2022, arXiv 2202.10401"
+    PUBLISHED_PARAMETERS = None
 
     @dataclass
     class Config(AlbefConfig):
@@ -253,6 +262,9 @@ class TCLAssignment(nn.Module):
 class TCLEntailment(Distilled):
     """Whether a picture contradicts a text, leaves it open, or entails it (SNLI-VE): cross-entropy of the fused class token's
     three classes, with the momentum copy's soft targets. Starts from a TCL."""
+
+    PAPER = "Yang et al. 2022, arXiv 2202.10401"
+    PUBLISHED_PARAMETERS = None
 
     @dataclass
     class Config(AlbefConfig):
