@@ -213,8 +213,8 @@ class BertLayer(nn.Module):
 class Bert(nn.Module):
     """Token ids to states of all tokens (Devlin et al. 2019, arXiv 1810.04805), with cross-attention (Li et al. 2021, ALBEF).
 
-    Post-norm layers, learned positions, weights from N(0, init_std), biases 0. `run` passes through some of the layers: ALBEF's text
-    half is range(6), its fusion half range(6, 12). Layers with cross-attention leave it out where there is no context.
+    Post-norm layers, learned positions, weights from N(0, init_std), biases 0. `run` passes through some of the layers: ALBEF's
+    text half is range(6), its fusion half range(6, 12). Layers with cross-attention leave it out where there is no context.
     """
 
     def __init__(self, config: BertConfig) -> None:
