@@ -35,7 +35,7 @@ from vlpfast.ops.maxsim import triton_kernels as triton_maxsim
 from vlpfast.ops.maxsim import triton_score
 from vlpfast.ops.temporal import triton_attention, triton_segments
 from vlpfast.ops.temporal import triton_kernels as triton_temporal
-from vlpfast.ops.tokens import triton_match, triton_merge, triton_rows, triton_select
+from vlpfast.ops.tokens import triton_match, triton_merge, triton_merge_norm, triton_rows, triton_select
 
 ROOT = Path(__file__).resolve().parents[1]
 CHIPS = ("sm_80", "sm_90")
@@ -156,6 +156,19 @@ def merge_tokens(dtype: torch.dtype, mean: bool, largest: bool) -> None:
     triton_merge.backward(y, total, index, weight, total, x, mean, largest, True, mean)
 
 
+def add_merge_norm(dtype: torch.dtype, half_delta: bool, c: int = 768) -> None:
+    """One step with the tokens' sizes; half_delta: float32 tokens and a residual in bfloat16, as under autocast."""
+    if half_delta and dtype != torch.float32:
+        return
+    x = torch.empty(256, 197, c, dtype=dtype, device="meta")
+    delta = torch.empty_like(x, dtype=torch.bfloat16 if half_delta else dtype)
+    size, weight, bias = (torch.empty(*shape, device="meta") for shape in ((256, 197), (c,), (c,)))
+    index, kept, source, target = (torch.empty(256, n, dtype=torch.int64, device="meta") for n in (197, 181, 16, 16))
+    y, _, normed, stats = triton_merge_norm.forward(x, delta, size, kept, source, target, weight, bias, 1e-5, True, False)
+    of_delta = delta.dtype if half_delta else None
+    triton_merge_norm.backward(y, normed, y, stats, size, index, kept, weight, of_delta, True, True)
+
+
 def select_tokens(dtype: torch.dtype, normalize: bool) -> None:
     """One step: a class token and 70 % of the others stay, the rest is fused by scores in float32."""
     x, score = torch.empty(256, 197, 768, dtype=dtype, device="meta"), torch.empty(256, 197, device="meta")
@@ -202,6 +215,9 @@ CALLS: dict[str, Callable[[torch.dtype], None]] = {
     "merge, weighted, 256 images of 197 tokens, C 768, r 16": lambda dtype: merge_tokens(dtype, True, False),
     "merge, sum": lambda dtype: merge_tokens(dtype, False, False),
     "merge, largest": lambda dtype: merge_tokens(dtype, False, True),
+    "add_merge_norm, weighted, 256 images of 197 tokens, C 768, r 16": lambda dtype: add_merge_norm(dtype, False),
+    "add_merge_norm, a residual in bfloat16": lambda dtype: add_merge_norm(dtype, True),
+    "add_merge_norm, C 4096": lambda dtype: add_merge_norm(dtype, False, 4096),
     "select, 256 images of 197 tokens, C 768, k 137, fused": lambda dtype: select_tokens(dtype, False),
     "select, normalised": lambda dtype: select_tokens(dtype, True),
     "random_mask, 256 images of 197 tokens, C 768, 75 %": mask_tokens,

@@ -8,6 +8,9 @@ B pictures of N tokens of width C, a class token among them. "eager" is what the
 copy of all tokens (GB/s: if they are float32); the floor is the copies' worth of numbers that must be read and written.
     merge            ToMe: the R best pairs by the cosine of their metrics of width M, then means weighted by size
     merge_forward    the same without gradients
+    add_merge_norm   what a block of ToMe does between its two parts: the residual, merge, a layer norm. "three calls": a sum, our
+                     merge, a norm
+    add_merge_norm_forward   the same without gradients
     mask             masked autoencoding: 25 % of the tokens, drawn at random, without gradients. A picture has equal tokens here:
                      errors do not depend on which ones were drawn
     select           EViT: the 70 % of the patches with the largest scores, and one token for the rest
@@ -29,38 +32,56 @@ import torch.nn.functional as F
 from _measure import Formulation, Inputs, Size, Subject
 from torch import Tensor
 
-from vlpfast.ops.tokens import bipartite_match, merge, random_mask, select
+from vlpfast.ops.tokens import add_merge_norm, bipartite_match, merge, random_mask, select
 
 RATIO, KEEP = 0.75, 0.7  # of tokens masked, of patches selected
 
 
 class Handed(torch.autograd.Function):
-    """x, with a dense gradient: a sum's own is one number seen everywhere, which no network hands down."""
+    """The last of some results, with a dense gradient for each: a sum's own is one number seen everywhere, which no network hands
+    down."""
 
     @staticmethod
-    def forward(x: Tensor, grad: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(*results_and_gradients: Tensor) -> Tensor:
+        last = results_and_gradients[len(results_and_gradients) // 2 - 1]
+        return last.view_as(last)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+        ctx.save_for_backward(*inputs[len(inputs) // 2 :])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.saved_tensors[0], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.saved_tensors, *[None] * len(ctx.saved_tensors)
 
 
-def trained(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda grad, **inputs: Handed.apply(function(**inputs), grad)
+Results = Tensor | tuple[Tensor, ...]
+
+
+def trained(function: Callable[..., Results]) -> Callable[..., Tensor]:
+    def run(**inputs: Tensor) -> Tensor:
+        gradients = [inputs.pop(name) for name in ("grad", "grad_last") if name in inputs]
+        results = function(**inputs)
+        return Handed.apply(*(results if isinstance(results, tuple) else (results,)), *gradients)
+
+    return run
+
+
+def untrained(function: Callable[..., Results]) -> Callable[..., Tensor]:
+    def run(**inputs: Tensor) -> Tensor:
+        results = function(**inputs)
+        return results[-1] if isinstance(results, tuple) else results
+
+    return run
 
 
 def table(
-    ours: Callable[..., Tensor], eager: Callable[..., Tensor], device: str, units: float, train: bool
+    ours: dict[str, Callable[..., Results]], eager: Callable[..., Results], device: str, units: float, train: bool
 ) -> dict[str, Formulation]:
-    found = {"vlpfast": ours, "eager": eager}
+    found = ours | {"eager": eager}
     if device == "cuda":
         found["eager, compiled"] = torch.compile(eager)
-    return {name: Formulation(trained(function) if train else function, units) for name, function in found.items()}
+    return {name: Formulation((trained if train else untrained)(function), units) for name, function in found.items()}
 
 
 # --- merging ------------------------------------------------------------------------------------------------------------
@@ -102,6 +123,41 @@ def merge_inputs(size: Size, dtype: torch.dtype, device: str, train: bool) -> In
     if train:
         found["x"].requires_grad_()
         found["grad"] = torch.randn(b, n - r, c, generator=generator).to(device, dtype)
+    return found
+
+
+# --- merging, with what stands around it --------------------------------------------------------------------------------
+
+
+def block_ours(
+    x: Tensor, delta: Tensor, metric: Tensor, size: Tensor, weight: Tensor, bias: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor]:
+    match = bipartite_match(metric, len(r), protect=1)
+    y, _, normed = add_merge_norm(x, delta, match, size, weight=weight, bias=bias, mode="weighted")
+    return y, normed
+
+
+def block_in_three(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+    y = merge_ours(x + delta, **others)
+    return y, F.layer_norm(y, y.shape[-1:], weight, bias)
+
+
+def block_eager(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor, **others: Tensor) -> tuple[Tensor, Tensor]:
+    y = merge_eager(x + delta, **others)
+    return y, F.layer_norm(y, y.shape[-1:], weight, bias)
+
+
+def block_inputs(size: Size, dtype: torch.dtype, device: str, train: bool) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    b, n, c, r = (size[key] for key in "bncr")
+    found = merge_inputs(size, dtype, device, train)
+    found["delta"] = torch.randn(b, n, c, generator=generator).to(device, dtype)
+    for name in ("weight", "bias"):
+        found[name] = torch.randn(c, generator=generator).to(device, dtype)
+    if train:
+        for name in ("delta", "weight", "bias"):
+            found[name].requires_grad_()
+        found["grad_last"] = torch.randn(b, n - r, c, generator=generator).to(device, dtype)
     return found
 
 
@@ -163,18 +219,19 @@ def select_inputs(size: Size, dtype: torch.dtype, device: str, train: bool) -> I
 
 
 def subject(
-    ours: Callable[..., Tensor],
-    eager: Callable[..., Tensor],
+    ours: Callable[..., Results],
+    eager: Callable[..., Results],
     inputs: Callable[..., Inputs],
     floor: float,  # copies of all tokens
     full: Size,
     quick: Size,
     train: bool = False,
+    more: dict[str, Callable[..., Results]] | None = None,  # formulations of ours by name
 ) -> Subject:
     return Subject(
         "eager",
         lambda size, dtype, device: inputs(size, dtype, device, train),
-        lambda device: table(ours, eager, device, floor, train),
+        lambda device: table({"vlpfast": ours} | (more or {}), eager, device, floor, train),
         {"cpu": (full,), "cuda": (full | {"b": 4 * full["b"]},), "quick": (quick,), "small": (quick,)},
         lambda found: found["x"].clone(),
         "copies",
@@ -189,6 +246,12 @@ MERGE, MERGE_QUICK = FULL | {"m": 64, "r": 16}, QUICK | {"m": 24, "r": 7}
 SUBJECTS = {
     "merge": subject(merge_ours, merge_eager, merge_inputs, 2, MERGE, MERGE_QUICK, train=True),
     "merge_forward": subject(merge_ours, merge_eager, merge_inputs, 1, MERGE, MERGE_QUICK),
+    "add_merge_norm": subject(
+        block_ours, block_eager, block_inputs, 4, MERGE, MERGE_QUICK, train=True, more={"vlpfast, three calls": block_in_three}
+    ),
+    "add_merge_norm_forward": subject(
+        block_ours, block_eager, block_inputs, 2, MERGE, MERGE_QUICK, more={"vlpfast, three calls": block_in_three}
+    ),
     "mask": subject(mask_ours, mask_eager, mask_inputs, 1 - RATIO, FULL, QUICK),
     "select": subject(select_ours, select_eager, select_inputs, 1 + KEEP, FULL, QUICK, train=True),
     "select_forward": subject(select_ours, select_eager, select_inputs, (1 + KEEP) / 2, FULL, QUICK),

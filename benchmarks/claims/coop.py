@@ -2,7 +2,8 @@
 
     python benchmarks/claims/coop.py            at most six minutes on two cores; the row is claims-coop.json
 
-A tiny CLIP (configs/clip.yaml, fewer pictures) learns from captioned scenes in Twemoji's artwork and is frozen. Then, over seeds:
+A tiny CLIP (configs/clip.yaml, one object each) learns from captioned pictures in Twemoji's artwork and is frozen. Then, over
+seeds, with pictures that are drawn and tried on apart:
 few shots: 12 classes in OpenMoji's artwork, which it has not seen, with 1 to 16 pictures of each class.
     hand      the captions' own wording around the names, no training
     ensemble  the mean of the features of several such wordings
@@ -44,6 +45,8 @@ from vlpfast.types import DataSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, SHOTS, SEEDS = 12, (1, 2, 4, 8, 16), (1, 2, 3)
+CAPTIONS = ["{caption}", "a picture of one {label}", "one {label}"]  # the CLIP's: all that is true, or the object alone
+POOL = 50  # pictures of each class to draw shots from, and as many to be tried on
 EPOCHS = {1: 50, 2: 100, 4: 100, 8: 200, 16: 200}
 RECIPE = TrainConfig(
     optimizer="sgd",
@@ -59,15 +62,13 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 Pictures = tuple[Tensor, Tensor]  # features [N, D], labels [N]
 
 
-def pretrained(run_dir: Path, steps: int, scenes: int, cache: Path) -> CoOp:
-    """The frozen CLIP in a CoOp, trained if the run folder does not hold it already."""
+def pretrained(run_dir: Path, steps: int, scenes: int, cache: Path) -> None:
+    """Trains the CLIP, unless the run folder holds it already."""
     data = [f"data.num_scenes={scenes}", "data.num_heldout=200", f"data.cache_dir={cache}"]
+    data += ["data.world.objects=[1,1]", "data.world.vocabulary=40", f"model.data.text.templates={json.dumps(CAPTIONS)}"]
     options = [f"train.run_dir={run_dir}", f"train.steps={steps}", "train.tensorboard_every=0", "evaluation.every=0", *data]
     if train.main([str(ROOT / "configs/clip.yaml"), *options]):
         raise SystemExit("the CLIP was not trained to its end")
-    model = CoOp(CoOp.Config.tiny())
-    checkpoint.load_weights(run_dir / "model.safetensors", model)
-    return model.eval()
 
 
 def pictures(model: CoOp, pattern: str, names: list[str], grey: bool = False) -> Pictures:
@@ -160,6 +161,7 @@ def few_shots(pool: Pictures, shots: int, seed: int) -> tuple[Pictures, Pictures
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", type=Path, help="a finished run of configs/clip.yaml, in place of a CLIP trained here")
     parser.add_argument(
         "--run-dir", type=Path, default=ROOT / "runs/claims-coop", help="keeps the CLIP: started again it is there"
     )
@@ -169,18 +171,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="default: results/MACHINE/claims-coop.json")
     args = parser.parse_args()
     started = time.perf_counter()
-    model = pretrained(args.run_dir, args.steps, args.scenes, args.cache_dir)
-    tokenizer = load_tokenizer(args.run_dir / "tokenizer.json")
+    run_dir = args.clip or args.run_dir
+    if args.clip is None:
+        pretrained(run_dir, args.steps, args.scenes, args.cache_dir)
+    model = CoOp(CoOp.Config.tiny()).eval()
+    checkpoint.load_weights(run_dir / "model.safetensors", model)
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
     print(f"the CLIP: {time.perf_counter() - started:.0f} s", file=sys.stderr)
 
     sets: dict[str, dict[str, Pictures]] = {}
     for domain in ("twemoji", "openmoji"):
         world = World(seed=7, vocabulary=CLASSES, domain=domain)
         names = class_names(world)
-        splits = {"train": Split(600, (1, 1)), "test": Split(600, (1, 1), heldout=True)}
-        patterns = build(args.cache_dir / f"claims-coop-{domain}", world, splits)
-        sets[domain] = {name: pictures(model, pattern, names) for name, pattern in patterns.items()}
-        sets[f"{domain}, grey"] = {"test": pictures(model, patterns["test"], names, grey=True)}
+        # Of one split, drawn freely: of two, or of distinct ones, more and more objects would be tinted, for others run out.
+        patterns = build(args.cache_dir / f"claims-coop-{domain}", world, {"all": Split(2 * POOL * CLASSES, (1, 1))})
+        for name, grey in ((domain, False), (f"{domain}, grey", True)):
+            features, labels = pictures(model, patterns["all"], names, grey)
+            pool = torch.zeros(len(labels), dtype=torch.bool)
+            pool[torch.from_numpy(few_shot_indices(labels.numpy(), POOL, 0))] = True
+            sets[name] = {"train": (features[pool], labels[pool]), "test": (features[~pool], labels[~pool])}
     model.set_classes(names, tokenizer)
     wordings = templates()
     prompts = {"hand": hand(model, tokenizer, names, wordings[1:2]), "ensemble": hand(model, tokenizer, names, wordings)}
@@ -231,20 +240,20 @@ def main() -> None:
             f"{kind:18}{100 * by_hand if kind == 'coop' else float('nan'):8.1f}"
             + "".join(f"{100 * found[k]:10.1f}" for k in SHOTS)
         )
-    for claim, holds in claims.items():
-        print(f"{'holds' if holds else 'DOES NOT HOLD':15}{claim}")
+    for claim, held in claims.items():
+        print(f"{'held' if held else 'DID NOT HOLD':15}{claim}")
     about = environment()
     machine = f"{about['cpu']} {about['cores']} cores" + "".join(f", {gpu}" for gpu in about["gpus"])
     found = {
         "machine": machine,
         **{key: about[key] for key in ("torch", "commit", "threads")},
         "seconds": time.perf_counter() - started,
-        "clip": {"steps": args.steps, "scenes": args.scenes},
+        "clip": {"run": args.clip.name} if args.clip else {"steps": args.steps, "scenes": args.scenes},
         "classes": names,
         "prompts": of_prompts,
         "few_shots": few,
         "drops": drops,
-        "claims": claims,
+        "claims": [{"claim": claim, "held": held} for claim, held in claims.items()],
         "rows": rows,
     }
     path = args.json or ROOT / "benchmarks/results" / re.sub(r"\W+", "-", machine).strip("-") / "claims-coop.json"

@@ -23,39 +23,85 @@ namespace {
 // Where tokens without a similarity come in the order of merging, after all similarities and before each other.
 constexpr float kNoSimilarity = -3, kPadding = -4, kNoPartner = -5;
 
-// out = in, and the sum of the squares.
-template <class In, class T> VLPFAST_CLONES T widen(const In* in, int64_t n, T* out) {
+// out = row / its length, or zeros; false: it has a number that is none. `row` and `out` may be one.
+template <class T> VLPFAST_CLONES bool unit(const T* row, int64_t n, T* out) {
     T sum[kLanes] = {};
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        for (int l = 0; l < kLanes; ++l) {
-            out[i + l] = static_cast<T>(in[i + l]);
-            sum[l] += out[i + l] * out[i + l];
+        for (int l = 0; l < kLanes; ++l)
+            sum[l] += row[i + l] * row[i + l];
+    }
+    for (; i < n; ++i)
+        sum[0] += row[i] * row[i];
+#pragma GCC unroll 4
+    for (int half = kLanes / 2; half > 0; half /= 2) { // one after the other they would take longer than all else here
+#pragma GCC unroll 8
+        for (int l = 0; l < half; ++l)
+            sum[l] += sum[l + half];
+    }
+    const T length = std::sqrt(sum[0]);
+    if (length == 0) {
+        for (i = 0; i < n; ++i)
+            out[i] = 0;
+        return true;
+    }
+#pragma GCC ivdep // they are the same or apart
+    for (i = 0; i < n; ++i)
+        out[i] = row[i] / length;
+    if (std::isfinite(length))
+        return true;
+    for (i = 0; i < n; ++i) {
+        if (std::isnan(out[i]))
+            return false;
+    }
+    return true;
+}
+
+template <class In, class T> VLPFAST_CLONES void widen(const In* in, int64_t n, T* __restrict out) {
+    for (int64_t i = 0; i < n; ++i)
+        out[i] = static_cast<T>(in[i]);
+}
+
+template <class In, class T> bool unit_of(const In* in, int64_t n, T* out) {
+    if constexpr (std::is_same_v<In, T>) {
+        return unit(in, n, out);
+    } else {
+        widen(in, n, out);
+        return unit(out, n, out);
+    }
+}
+
+// panel [n, padded] = the transpose of rows [padded, n], in blocks that fit registers of every width.
+template <class T> VLPFAST_CLONES void to_panel(const T* rows, int64_t n, int64_t padded, T* __restrict panel) {
+    constexpr int64_t kChannels = 16;      // at a time, so that what is written stays in the first-level cache
+    int64_t lanes = 0, channels = 0;       // that blocks reach
+#if __has_builtin(__builtin_shufflevector) // GCC has it from 12 on
+    typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
+    lanes = padded / 4 * 4, channels = n / 4 * 4;
+    for (int64_t start = 0; start < channels; start += kChannels) {
+        const int64_t end = std::min(start + kChannels, channels);
+        for (int64_t lane = 0; lane < lanes; lane += 4) {
+            for (int64_t c = start; c < end; c += 4) {
+                Four row[4];
+                for (int i = 0; i < 4; ++i)
+                    row[i] = *reinterpret_cast<const Four*>(rows + (lane + i) * n + c);
+                for (int pair = 0; pair < 2; ++pair) { // of channels
+                    const Four first = pair ? __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7)
+                                            : __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
+                               last = pair ? __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7)
+                                           : __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+                    T* const to = panel + (c + 2 * pair) * padded + lane;
+                    *reinterpret_cast<Four*>(to) = __builtin_shufflevector(first, last, 0, 1, 4, 5);
+                    *reinterpret_cast<Four*>(to + padded) = __builtin_shufflevector(first, last, 2, 3, 6, 7);
+                }
+            }
         }
     }
-    for (; i < n; ++i) {
-        out[i] = static_cast<T>(in[i]);
-        sum[0] += out[i] * out[i];
+#endif
+    for (int64_t lane = 0; lane < padded; ++lane) {
+        for (int64_t c = lane < lanes ? channels : 0; c < n; ++c)
+            panel[c * padded + lane] = rows[lane * n + c];
     }
-    T total = 0;
-    for (const T s : sum)
-        total += s;
-    return total;
-}
-
-template <class T> VLPFAST_CLONES void divide(T* x, int64_t n, T by) {
-    for (int64_t i = 0; i < n; ++i)
-        x[i] /= by;
-}
-
-// A row of unit length, or of zeros; false: it has a number that is none.
-template <class In, class T> bool unit(const In* in, int64_t n, T* out) {
-    const T square = widen(in, n, out);
-    if (square == 0)
-        std::fill_n(out, n, T(0));
-    else
-        divide(out, n, std::sqrt(square));
-    return std::isfinite(square) || std::none_of(out, out + n, [](T value) { return std::isnan(value); });
 }
 
 // The places of one set, ascending, and those below `protect` among them.
@@ -105,7 +151,7 @@ template <class In> class Matcher {
     Matcher(const Tokens<In>& tokens, const Sets& sets, const Table<bool>& mask, int64_t protect, int64_t r,
             bool by_score)
         : tokens_(tokens), sets_(sets), mask_(mask), kernel_(maxsim::kernel_here<T>()), protect_(protect), r_(r),
-          by_score_(by_score), keys_(sets.a.size()), to_(sets.a.size()), order_(sets.a.size()) {}
+          by_score_(by_score), keys_(sets.a.size()), to_(sets.a.size()) {}
 
     void run(int64_t image, const Result& out) {
         similarities(image);
@@ -114,6 +160,11 @@ template <class In> class Matcher {
     }
 
   private:
+    struct Entry {
+        T key;
+        int64_t place; // in set A
+    };
+
     bool real(int64_t image, int64_t place) const { return !mask_.data || mask_.at(image, place); }
 
     // keys_ and to_ (a place in set B) of the tokens of A that are compared; NaN for the other ones.
@@ -124,7 +175,7 @@ template <class In> class Matcher {
         T* const row = row_.get(b.size() * C);
         for (int64_t j = b.first; j < b.size(); ++j) {
             T* const at = row + static_cast<int64_t>(rows_.size()) * C;
-            if (real(image, b.places[j]) && unit(tokens_.row(image, b.places[j], scratch_), C, at))
+            if (real(image, b.places[j]) && unit_of(tokens_.row(image, b.places[j], scratch_), C, at))
                 rows_.push_back(j);
         }
         std::fill(keys_.begin(), keys_.end(), std::numeric_limits<T>::quiet_NaN());
@@ -134,7 +185,7 @@ template <class In> class Matcher {
         T* const lane = lane_.get(kernel_.panel * C);
         for (int64_t i = a.first; i < a.size(); ++i) {
             if (real(image, a.places[i]) &&
-                unit(tokens_.row(image, a.places[i], scratch_), C, lane + static_cast<int64_t>(lanes_.size()) * C))
+                unit_of(tokens_.row(image, a.places[i], scratch_), C, lane + static_cast<int64_t>(lanes_.size()) * C))
                 lanes_.push_back(i);
             if (!lanes_.empty() && (static_cast<int64_t>(lanes_.size()) == kernel_.panel || i + 1 == a.size())) {
                 compare(lane, row);
@@ -143,18 +194,12 @@ template <class In> class Matcher {
         }
     }
 
-    void compare(const T* lane, const T* row) {
-        constexpr int64_t kBlock = 16; // of channels, so that what is written stays in the first-level cache
+    void compare(T* lane, const T* row) {
         const int64_t C = tokens_.width, lanes = static_cast<int64_t>(lanes_.size()),
                       padded = (lanes + kernel_.lane - 1) / kernel_.lane * kernel_.lane;
+        std::fill(lane + lanes * C, lane + padded * C, T(0));
         T* const panel = panel_.get(padded * C);
-        for (int64_t start = 0; start < C; start += kBlock) {
-            const int64_t end = std::min(C, start + kBlock);
-            for (int64_t l = 0; l < padded; ++l) {
-                for (int64_t c = start; c < end; ++c)
-                    panel[c * padded + l] = l < lanes ? lane[l * C + c] : T(0);
-            }
-        }
+        to_panel(lane, C, padded, panel);
         T* const best = best_.get(kernel_.panel);
         int32_t* const place = place_.get(kernel_.panel);
         maxsim::Job<T> job{};
@@ -189,16 +234,17 @@ template <class In> class Matcher {
 
     void write(const Result& out) {
         const Set &a = sets_.a, &b = sets_.b;
-        const auto before = [&](int64_t i, int64_t j) { return keys_[i] != keys_[j] ? keys_[i] > keys_[j] : i < j; };
-        for (int64_t i = 0; i < a.size(); ++i)
-            order_[i] = i;
-        const auto begin = order_.begin() + a.first, split = begin + r_;
+        const auto before = [](const Entry& x, const Entry& y) {
+            return x.key != y.key ? x.key > y.key : x.place < y.place;
+        };
+        order_.clear();
+        for (int64_t i = a.first; i < a.size(); ++i)
+            order_.push_back({keys_[i], i});
+        const auto begin = order_.begin(), split = begin + r_;
         std::nth_element(begin, split, order_.end(), before);
         std::sort(begin, split, before);
         if (by_score_)
             std::sort(split, order_.end(), before);
-        else
-            std::sort(split, order_.end());
 
         int64_t place = 0;
         const auto keep = [&](int64_t token) {
@@ -207,15 +253,24 @@ template <class In> class Matcher {
         };
         for (int64_t token = 0; token < protect_; ++token)
             keep(token);
-        for (auto i = split; i != order_.end(); ++i)
-            keep(a.places[*i]);
+        if (by_score_) {
+            for (auto entry = split; entry != order_.end(); ++entry)
+                keep(a.places[entry->place]);
+        } else {
+            for (auto entry = begin; entry != split; ++entry)
+                keys_[entry->place] = std::numeric_limits<T>::quiet_NaN(); // no key is one: these are merged
+            for (int64_t i = a.first; i < a.size(); ++i) {
+                if (!std::isnan(keys_[i]))
+                    keep(a.places[i]);
+            }
+        }
         for (int64_t j = b.first; j < b.size(); ++j)
             keep(b.places[j]);
 
         int64_t turn = b.first; // of B, for those that have no partner
         for (int64_t k = 0; k < r_; ++k) {
-            const int64_t i = begin[k];
-            const bool alone = keys_[i] == kNoPartner;
+            const auto [key, i] = begin[k];
+            const bool alone = key == kNoPartner;
             const int64_t token = a.places[i], target = out.index[b.places[alone ? turn : to_[i]]];
             if (alone)
                 turn = turn + 1 < b.size() ? turn + 1 : b.first;
@@ -232,7 +287,7 @@ template <class In> class Matcher {
     const bool by_score_;
     std::vector<T> keys_;               // of A: what merges first
     std::vector<int64_t> to_;           // of A: in set B
-    std::vector<int64_t> order_;        // of A
+    std::vector<Entry> order_;          // of A, what merges before the rest
     std::vector<int64_t> rows_, lanes_; // of B and of A: what is in rows and in the panel
     Buffer<T> row_, lane_, panel_, best_;
     Buffer<int32_t> place_;

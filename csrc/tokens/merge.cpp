@@ -7,7 +7,7 @@
 // of a result has one owner and one order of its sum: the number of threads decides about no bit.
 
 #include "common/simd.h"
-#include "tokens/tokens.h"
+#include "tokens/groups.h"
 
 #include <cmath>
 #include <limits>
@@ -16,67 +16,6 @@
 
 namespace vlpfast::tokens {
 namespace {
-
-constexpr int64_t kGrain = 32; // rows of a task
-
-// Which tokens come together: those of place i, ascending, are tokens()[first(i)] to tokens()[first(i + 1)], in each
-// image.
-class Groups {
-  public:
-    const int64_t batch, count, places;
-
-    // index(image, out): writes the place of each token, -1 for none.
-    template <class F>
-    Groups(int64_t batch, int64_t count, int64_t places, const F& index)
-        : batch(batch), count(count), places(places), first_(batch * (places + 1)), tokens_(batch * count) {
-        std::vector<char> wrong(batch, false);
-        parallel_for(0, batch, 8, [&](int64_t from, int64_t to) {
-            std::vector<int64_t> place(count), next(places);
-            for (int64_t image = from; image < to; ++image) {
-                std::fill(place.begin(), place.end(), -1);
-                index(image, place.data());
-                wrong[image] = !sort(image, place, next);
-            }
-        });
-        for (int64_t image = 0; image < batch; ++image)
-            STD_TORCH_CHECK(!wrong[image], "expected the tokens of image ", image, " to have places from 0 to ",
-                            places - 1);
-    }
-
-    // The tokens of one place.
-    const int32_t* begin(int64_t image, int64_t place) const {
-        return tokens_.data() + image * count + first_[image * (places + 1) + place];
-    }
-    const int32_t* end(int64_t image, int64_t place) const { return begin(image, place + 1); }
-
-  private:
-    bool sort(int64_t image, const std::vector<int64_t>& place, std::vector<int64_t>& next) {
-        int32_t* const first = first_.data() + image * (places + 1);
-        for (const int64_t p : place) {
-            if (p < 0 || p >= places)
-                return false;
-            ++first[p + 1];
-        }
-        for (int64_t p = 0; p < places; ++p) {
-            next[p] = first[p];
-            first[p + 1] += first[p];
-        }
-        for (int64_t i = 0; i < count; ++i)
-            tokens_[image * count + next[place[i]]++] = static_cast<int32_t>(i);
-        return true;
-    }
-
-    std::vector<int32_t> first_, tokens_;
-};
-
-// f(image, place) for all, in parallel.
-template <class F> void each_place(const Groups& groups, const F& make) {
-    parallel_for(0, groups.batch * groups.places, kGrain, [&](int64_t from, int64_t to) {
-        auto f = make();
-        for (int64_t i = from; i < to; ++i)
-            f(i / groups.places, i % groups.places);
-    });
-}
 
 // out += share * in, or = if it is the first
 template <class In, class T> VLPFAST_CLONES void add(const In* in, int64_t n, T share, bool first, T* __restrict out) {
@@ -130,11 +69,6 @@ template <class In, class T> VLPFAST_CLONES T slope(const In* x, const T* y, con
     return total;
 }
 
-// What a token of `weight` has of a mean under weights that add up to `total`.
-template <class T> T share_of(T weight, T total) {
-    return total == 0 ? T(0) : weight / total;
-}
-
 // out = the sum of share(i) * x[i] of some tokens; one that has no share may hold anything
 template <class In, class F>
 void sum_rows(const Tokens<In>& x, int64_t image, const int32_t* begin, const int32_t* end, const F& share,
@@ -182,22 +116,10 @@ void forward(const Tokens<In>& x, const Table<Wide<In>>& weight, const Groups& g
 
 std::tuple<Tensor, Tensor> merge_fwd(const Tensor& x, const std::optional<Tensor>& weight, const Tensor& kept,
                                      const Tensor& source, const Tensor& target, bool mean, bool largest) {
-    STD_TORCH_CHECK(x.dim() == 3 && kept.dim() == 2 && source.dim() == 2,
-                    "expected x [B, N, C], kept and source [B, ...]");
-    const int64_t B = x.size(0), N = x.size(1), M = kept.size(1), r = source.size(1);
-    STD_TORCH_CHECK(M + r == N && N <= INT32_MAX, "kept, source: expected the ", N, " tokens of x, got ", M, " and ",
-                    r);
-    const Table<int64_t> stays("kept", kept, B, M), from("source", source, B, r), to("target", target, B, r);
-    const Groups groups(B, N, M, [&](int64_t image, int64_t* place) {
-        const auto put = [&](int64_t token, int64_t at) {
-            if (token >= 0 && token < N)
-                place[token] = at;
-        };
-        for (int64_t i = 0; i < M; ++i)
-            put(stays.at(image, i), i);
-        for (int64_t i = 0; i < r; ++i)
-            put(from.at(image, i), to.at(image, i));
-    });
+    STD_TORCH_CHECK(x.dim() == 3, "x: expected 3 dimensions, got ", x.dim());
+    const int64_t B = x.size(0), N = x.size(1);
+    const Groups groups = groups_of(B, N, kept, source, target);
+    const int64_t M = groups.places;
     const Tensor y = empty({B, M, x.size(2)}, x.scalar_type()),
                  total = empty({B, M}, x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
     with_dtype(x, [&]<class In>(In*) {
@@ -286,15 +208,11 @@ std::tuple<Tensor, Tensor> merge_bwd(const Tensor& grad_y, const std::optional<T
     STD_TORCH_CHECK(x || !((need_weight && mean) || (need_x && largest)), "x: expected it for this gradient");
     STD_TORCH_CHECK(!need_weight || grad_total, "grad_total: expected it for the gradient of weight");
     const int64_t B = index.size(0), N = index.size(1), M = grad_y.size(1), C = grad_y.size(2);
-    STD_TORCH_CHECK(grad_y.size(0) == B && N <= INT32_MAX, "grad_y: expected ", B, " images, got ", grad_y.size(0));
+    STD_TORCH_CHECK(grad_y.size(0) == B, "grad_y: expected ", B, " images, got ", grad_y.size(0));
     STD_TORCH_CHECK(!x || (x->scalar_type() == grad_y.scalar_type() && x->dim() == 3 && x->size(0) == B &&
                            x->size(1) == N && x->size(2) == C),
                     "x: expected the forward pass's");
-    const Table<int64_t> places("index", index, B, N);
-    const Groups groups(B, N, M, [&](int64_t image, int64_t* place) {
-        for (int64_t i = 0; i < N; ++i)
-            place[i] = places.at(image, i);
-    });
+    const Groups groups = groups_of(index, M);
     const ScalarType dtype = grad_y.scalar_type();
     const Tensor dx = empty({need_x ? B : 0, N, C}, dtype),
                  dweight = empty({need_weight ? B : 0, N},

@@ -35,6 +35,9 @@ CASES = {
     "clip": Case(published_parameters=151_277_313, losses={"contrastive"}),  # ViT-B/32, the size of OpenAI's release
     # RN50 and 16 vectors; few vectors between towers of random weights that stay as they are learn little by heart
     "coop": Case(published_parameters=102_007_137 + 8_192, losses={"classification"}, by_heart=0.75, lr=1e-2),
+    # with FlanT5-XL, as transformers counts its InstructBLIP, whose output layer is tied, and untied. A language model of random
+    # weights that stays as it is says little by heart; see test_instructblip for one that has learnt to speak.
+    "instructblip": Case(published_parameters=4_022_969_088, losses={"answer"}, by_heart=0.85, lr=3e-3),
     # ALBEF, which TCL takes its network from: 85.8 million parameters of vision, 123.7 million of BERT with its head. The queue
     # holds what the batch was before, which is the batch again: hence the short one, and the bounds of these losses.
     "tcl": Case(209_500_000, {"cma", "imc", "lmi", "itm", "mlm"}, copies=COPIES, by_heart=0.7),

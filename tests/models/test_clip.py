@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from transformers import CLIPConfig, CLIPModel
 from vlpfast.models.clip import CLIP
 from vlpfast.models.clip_convert import from_transformers
 from vlpfast.nn.reduction import MergeConfig
+from vlpfast.nn.resnet import ResNetConfig
 from vlpfast.nn.text import TextConfig
 from vlpfast.nn.vit import ViTConfig
+from vlpfast.training.config import load_config, to_yaml
 from vlpfast.types import DataSpec, ImageSpec, Progress, TextSpec, UserError
 
 SMALL = CLIP.Config(
@@ -177,3 +180,14 @@ def test_merging_weighs_the_mean_by_size() -> None:
 def test_config_without_a_modality() -> None:
     with pytest.raises(UserError, match=r"model\.data: clip needs both image and text"):
         CLIP(replace(SMALL, data=DataSpec(text=None)))
+
+
+def test_a_resnet_in_place_of_the_vision_transformer_from_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {name: clip, vision: null, resnet: {layers: [3, 4, 23, 3]}}\n")
+    run = load_config(path, [], lambda name: CLIP)
+    assert run.model.config == CLIP.Config(vision=None, resnet=ResNetConfig(layers=[3, 4, 23, 3]))
+    path.write_text(to_yaml(run))
+    assert load_config(path, [], lambda name: CLIP) == run
+    changed = load_config(path, ["model.resnet.channels=32", "model.data.image.size=96"], lambda name: CLIP)
+    assert CLIP(changed.model.config).image_projection.weight.shape == (512, 1024)

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vlpfast.nn import reduction
 from vlpfast.nn.reduction import MergeConfig, ReducingTransformer, SelectConfig
 from vlpfast.nn.transformer import Block
 from vlpfast.nn.vit import ViT, ViTConfig
+from vlpfast.ops.tokens import Match, merge
 from vlpfast.types import UserError
 
 SMALL = ViTConfig(width=16, layers=4, heads=2, patch_size=8)
@@ -175,6 +178,35 @@ def test_merging_equal_tokens_changes_nothing() -> None:
     assert size.max() == 3 and size.sum() == 18
     torch.testing.assert_close(once.gather(1, place[..., None].expand(-1, -1, 16)), whole)
     assert not torch.allclose(careless.gather(1, place[..., None].expand(-1, -1, 16)), whole, atol=1e-3)
+
+
+def test_one_pass_between_the_parts_is_three_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual, merging and the norm in one: outputs and gradients of the whole network are the same to rounding."""
+    image = torch.randn(3, 3, 32, 32)
+    used = []
+
+    def three_calls(x: Tensor, delta: Tensor, match: Match, size: Tensor | None, *, weight: Tensor, bias: Tensor, eps: float,
+                    mode: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        used.append(delta.dtype)
+        y, size = merge(x + delta, match, size, mode=mode)
+        return y, size, F.layer_norm(y, y.shape[-1:], weight, bias, eps)
+
+    for merging, layers in ((MergeConfig(r=3), 4), (MergeConfig(per_layer=[5, 0, 2, 0], mode="mean"), 2)):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+            found, calls = [], []
+            for function in (reduction.add_merge_norm, three_calls):
+                used.clear()
+                with monkeypatch.context() as patch, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    patch.setattr(reduction, "add_merge_norm", function)
+                    vit = make(merge=merging)
+                    names, parameters = zip(*vit.transformer.named_parameters(), strict=True)
+                    tokens = vit(image)
+                gradients = torch.autograd.grad(tokens.float().square().sum(), parameters)
+                found.append([tokens, *gradients])
+                calls.append(list(used))
+            assert calls == [[], [dtype] * layers] and found[0][0].dtype == found[1][0].dtype
+            for name, f, e in zip(("tokens", *names), *found, strict=True):
+                assert (f - e).norm() <= tolerance * e.norm(), name
 
 
 # --- beside it --------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The conformance table's rows for selection and masking of tokens."""
+"""The conformance table's rows for tokens: selection, masking, merging between a residual and a norm."""
 
 from __future__ import annotations
 
@@ -87,7 +87,57 @@ RANDOM_MASK_CASES: dict[str, Callable[[], Arguments]] = {
     "strided": lambda: masked_images(1, 1, 6, x=strided_images(4, 37, 6)["x"]),
     "expanded": lambda: masked_images(1, 1, 7, x=images(1, 30, 7)["x"].expand(4, 30, 7), mask_token=torch.ones(1).expand(7)),
 }
+
+
+# --- tokens: a residual, merging, a norm ------------------------------------------------------------------------------
+
+
+def residuals(b: int, n: int, c: int, match: tokens.Match | None = None, **more: Any) -> Arguments:
+    """Two sets of tokens with the weight and bias of a norm; a third of them merges, by twos and more."""
+    generator = torch.Generator().manual_seed(6)
+    x, delta = (torch.randn(b, n, c, generator=generator).double() for _ in range(2))
+    weight, bias = 0.5 + torch.rand(c, generator=generator).double(), torch.randn(c, generator=generator).double()
+    if match is None:
+        match = tokens.bipartite_match(torch.randn(b, n, 5, generator=generator), n // 3, protect=min(1, n))
+    return {"x": x, "delta": delta, "weight": weight, "bias": bias} | dict(zip(tokens.Match._fields, match, strict=True)) | more
+
+
+def sizes(b: int, n: int) -> Tensor:
+    """Some are 0."""
+    size = torch.rand(b, n, generator=torch.Generator().manual_seed(1)) * 3
+    return size.masked_fill(size < 0.6, 0).double()
+
+
+def add_merge_norm(index: Tensor, kept: Tensor, source: Tensor, target: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    return tokens.add_merge_norm(match=tokens.Match(index, kept, source, target), **arguments)
+
+
+def many_to_one(b: int, n: int, every: int) -> tokens.Match:
+    return tokens.kth_match(torch.randn(b, n, 4, generator=torch.Generator().manual_seed(2)), every)
+
+
+ADD_MERGE_NORM_CASES: dict[str, Callable[[], Arguments]] = {
+    "no image": lambda: residuals(0, 5, 4),
+    "no token": lambda: residuals(3, 0, 4),
+    "no channel": lambda: residuals(3, 6, 0),
+    "one channel": lambda: residuals(3, 6, 1) | {"weight": None},  # its gradient is rounding alone
+    "one token": lambda: residuals(3, 1, 4),
+    "nothing merges": lambda: residuals(3, 17, 15, tokens.bipartite_match(torch.randn(3, 17, 4), 0)),
+    "15": lambda: residuals(3, 31, 15),
+    "16, sizes": lambda: residuals(3, 32, 16, size=sizes(3, 32), mode="weighted"),
+    "17, many to one": lambda: residuals(2, 33, 17, many_to_one(2, 33, 7), size=sizes(2, 33), mode="weighted"),
+    "all to one, plain mean, sizes": lambda: residuals(2, 13, 33, many_to_one(2, 13, 13), size=sizes(2, 13)),
+    "197": lambda: residuals(3, 197, 70, size=sizes(3, 197) + 0.5, mode="weighted", eps=1e-3),
+    "no weight, no bias": lambda: residuals(3, 31, 20) | {"weight": None, "bias": None},
+    "eps 0": lambda: residuals(3, 31, 20, eps=0.0),
+    "strided": lambda: residuals(4, 37, 6, size=sizes(37, 4).T + 0.5, mode="weighted", weight=sizes(6, 2)[:, 1])
+    | {"x": strided_images(4, 37, 6)["x"], "delta": images(4, 74, 9)["x"][:, 1::2, 3:]},
+    "expanded": lambda: residuals(1, 37, 20) | {"x": images(1, 1, 20)["x"].expand(3, 37, 20),
+                                                "delta": images(1, 37, 20)["x"].expand(3, 37, 20),
+                                                **dict(zip(tokens.Match._fields, many_to_one(3, 37, 3), strict=True))},
+}  # fmt: skip
 OPS |= {
+    "add_merge_norm": Op(add_merge_norm, tokens.merging.KERNELS, ("x", "delta"), ("weight", "bias"), ADD_MERGE_NORM_CASES),
     "select": Op(select_and_weigh, tokens.selection.KERNELS, ("x", "score"), (), SELECT_CASES),
     "random_mask": Op(random_mask_and_back, tokens.selection.KERNELS, ("x", "mask_token"), (), RANDOM_MASK_CASES),
 }

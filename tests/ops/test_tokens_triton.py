@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conformance import OPS, compare, mask
-from conformance_tokens import images
+from conformance_tokens import add_merge_norm as add_merge_norm_by_index
+from conformance_tokens import images, residuals
 from test_tokens_masking import GOLDEN, SEED
 from test_tokens_matching import check_consistent, check_rule
 from test_tokens_merging import MODES, TOLERANCES, sizes, tokens
@@ -28,6 +30,7 @@ from torch import Tensor
 from vlpfast.ops import backends
 from vlpfast.ops.tokens import (
     Match,
+    add_merge_norm,
     bipartite_match,
     gather_tokens,
     kth_match,
@@ -236,6 +239,47 @@ def test_what_weighs_nothing_may_hold_anything() -> None:
         assert equal(found, on("triton", merged, x.masked_fill(nothing, 0), match, mode, weights))
 
 
+@pytest.mark.parametrize(("dtype", "delta"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_a_residual_in_another_dtype_between_merging_and_norm(dtype: torch.dtype, delta: torch.dtype) -> None:
+    given = residuals(2, 19, 17) | {"size": sizes(2, 19), "mode": "weighted"}
+    given = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    given |= {"x": given["x"].to(dtype), "delta": given["delta"].to(delta)}
+
+    def function(**given: Any) -> tuple[Tensor, ...]:
+        leaves = {name: given[name].detach().requires_grad_() for name in ("x", "delta", "weight", "bias")}
+        y, size, normed = add_merge_norm_by_index(**(given | leaves))
+        total = (y * torch.linspace(0.5, 1.5, y.numel(), device=y.device).reshape(y.shape) + normed.square()).sum()
+        return y, size, normed, *torch.autograd.grad(total, list(leaves.values()))
+
+    found, expected = both(function, **given)
+    assert [t.dtype for t in found[:5]] == [torch.float32] * 3 + [dtype, delta]
+    for f, e in zip(found, expected, strict=True):
+        close(f, e.double(), TOLERANCES[f.dtype])
+
+
+def test_two_programs_with_many_rows_of_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks in turn and one that is not full, of places that tokens have come to; the norm in float32; gradients of one kind."""
+    monkeypatch.setattr(import_module("vlpfast.ops.tokens.triton_merge_norm"), "PARTS", 2)
+    given = {k: v.to(DEVICE) for k, v in residuals(3, 90, 5).items()}
+    x, delta, weight, bias = (given[name].float() for name in ("x", "delta", "weight", "bias"))
+    parts, norm = (given["kept"], given["source"], given["target"]), (weight, bias, 1e-5, False)
+    y, _, normed, stats = OPERATORS.add_merge_norm_fwd_triton(x.bfloat16(), delta.bfloat16(), None, *parts, *norm, True)
+    assert normed.dtype == torch.float32
+    torch.testing.assert_close(normed, F.layer_norm(y.float(), (5,), weight, bias))
+    saved = normed, y, stats, None, given["index"], given["kept"], weight, None
+    whole = OPERATORS.add_merge_norm_bwd_triton(y, *saved, True, True)
+    dx, _, nothing, _ = OPERATORS.add_merge_norm_bwd_triton(y, *saved, True, False)
+    empty, _, *of_norm = OPERATORS.add_merge_norm_bwd_triton(y, *saved, False, True)
+    assert equal([dx, *of_norm], [whole[0], *whole[2:]]) and nothing.numel() == empty.numel() == 0
+    unit = (y.float() - stats[0, ..., None]) * stats[1, ..., None]
+    torch.testing.assert_close(of_norm[0], (normed * unit).sum((0, 1)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(of_norm[1], normed.sum((0, 1)), rtol=1e-4, atol=1e-3)
+    wide, place = torch.empty(1, 1, 8193, device=DEVICE), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    arguments = wide, wide, None, place, place[:, :0], place[:, :0], wide[0, 0], wide[0, 0], 0.0, False, False
+    with pytest.raises(ValueError, match="x: expected at most 8192 channels, got 8193"):
+        OPERATORS.add_merge_norm_fwd_triton(*arguments)
+
+
 # --- selection, masks -------------------------------------------------------------------------------------------------
 
 # the other cases and dtypes: pytest -m interpreter tests/ops/test_conformance.py
@@ -251,6 +295,20 @@ CASES = {
         "strided",
         "expanded",
         "fuse, by score",
+    ),
+    "add_merge_norm": (
+        "no image",
+        "no token",
+        "no channel",
+        "one channel",
+        "one token",
+        "nothing merges",
+        "17, many to one",
+        "all to one, plain mean, sizes",
+        "no weight, no bias",
+        "strided",
+        "expanded",
+        "16, sizes",
     ),
     "random_mask": ("no image", "no token", "no channel", "in random order", "everything masked", "strided", "expanded"),
 }
@@ -495,7 +553,8 @@ def layer(x: Tensor, score: Tensor, token: Tensor, seed: Tensor) -> Tensor:
     z, _ = select(unmerge(y, second), score, 4, rest="fuse", normalize=True)
     kept, _, inverse = random_mask(x, 0.5, seed, protect=1)
     back = restore(kept.square(), inverse, token)
-    return y.square().sum() + z.square().sum() + back.square().sum()
+    summed, _, normed = add_merge_norm(x, x.square(), match, weight=token)
+    return y.square().sum() + z.square().sum() + back.square().sum() + (summed * normed).sum()
 
 
 def inputs() -> list[Tensor]:
@@ -548,6 +607,13 @@ def test_opcheck() -> None:
     y, total = check(OPERATORS.merge_fwd_triton, x, weight, *parts, True, False)
     check(OPERATORS.merge_bwd_triton, y, total, index, weight, total, x, True, False, True, True)
     check(OPERATORS.merge_bwd_triton, y, None, index, None, None, None, False, False, True, False)
+    norm = torch.ones(4, device=DEVICE), torch.zeros(4, device=DEVICE), 1e-5
+    for residual, of_sizes, wide in ((x, weight, True), (x.float(), None, False)):
+        y, _, normed, stats = check(OPERATORS.add_merge_norm_fwd_triton, residual, x, of_sizes, *parts, *norm, wide, wide)
+        saved = y, stats, of_sizes, index, parts[0], norm[0]
+        of_delta = None if wide else x.dtype
+        check(OPERATORS.add_merge_norm_bwd_triton, y, normed, *saved, of_delta, True, wide)
+        check(OPERATORS.add_merge_norm_bwd_triton, y, normed, *saved, of_delta, wide, True)
     for fuse, needed in ((True, (True, True)), (False, (True, False))):
         kept, indices = check(OPERATORS.select_fwd_triton, x, weight, keep, 4, 1, True, fuse, fuse)
         check(OPERATORS.select_bwd_triton, kept, x if fuse else None, weight, keep, indices, fuse, fuse, *needed)

@@ -58,6 +58,8 @@ def test_modes(model: torch.nn.Module) -> None:
 
 def test_a_mode_may_offer_other_parameters(model: torch.nn.Module) -> None:
     at_first = trained(model)
+    select_trainable(model, "z", Stage(frozen=["text.bias"]), at_first)
+    assert set_mode(model, "y", Stage(mode="fit"), at_first) == at_first  # one that offers what it did before
     model.set_mode = lambda mode: [
         p.requires_grad_((mode == "text") == name.startswith("text.")) for name, p in model.named_parameters()
     ]

@@ -28,6 +28,7 @@ _FAMILIES = (
     (_BOS, _EOS, (_PAD, _EOS)),  # CLIP
     ("[CLS]", "[SEP]", ("[PAD]",)),  # BERT
     ("<s>", "</s>", ("<pad>",)),  # RoBERTa, BART
+    ("<pad>", "</s>", ("<pad>",)),  # T5, whose decoder begins with padding and whose encoder reads no begin token
 )
 
 # CLIP's words: contractions, runs of letters, single digits, runs of anything else (Radford et al. 2021, the released tokenizer).

@@ -10,6 +10,7 @@ from vlpfast.types import UserError
 REGISTRY = {
     "clip": "vlpfast.models.clip:CLIP",
     "coop": "vlpfast.models.coop:CoOp",
+    "instructblip": "vlpfast.models.instructblip:InstructBLIP",
     "tcl": "vlpfast.models.tcl:TCL",
     "tcl_assignment": "vlpfast.models.tcl_finetune:TCLAssignment",
     "tcl_entailment": "vlpfast.models.tcl_finetune:TCLEntailment",

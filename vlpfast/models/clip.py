@@ -31,6 +31,9 @@ class CLIP(DualEncoder):
     square crop of the resized picture; here it is a crop of 90 to 100 % of its area (data.image.scale).
     """
 
+    PAPER = "Radford et al. 2021, arXiv 2103.00020"
+    PUBLISHED_PARAMETERS = 151_277_313  # ViT-B/32, the size of OpenAI's release
+
     @dataclass
     class Config(DualEncoderConfig):
         """The defaults are ViT-B/32: 151,277,313 parameters. RN50, 102,007,137: vision null, resnet {}, embed_dim 1024."""

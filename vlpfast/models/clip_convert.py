@@ -232,8 +232,8 @@ def _open_clip_resnet(config: CLIP.Config) -> list[Rule]:
         theirs = [f"visual.attnpool.{which}_proj.{part}" for which in "qkvc"]
         rules += [Rule(f"vision.q_proj.{part}", (theirs[0],)), Rule(f"vision.kv_proj.{part}", (theirs[1], theirs[2]), "split")]
         rules.append(Rule(f"image_projection.{part}", (theirs[3],)))
-    convs = {f"vision.stem_convs.{i}": f"visual.conv{i + 1}" for i in range(3)}
-    norms = {f"vision.stem_norms.{i}": f"visual.bn{i + 1}" for i in range(3)}
+    convs = {f"vision.stem.{3 * i}": f"visual.conv{i + 1}" for i in range(3)}
+    norms = {f"vision.stem.{3 * i + 1}": f"visual.bn{i + 1}" for i in range(3)}
     for number, depth in enumerate(config.resnet.layers):
         for i in range(depth):
             own, theirs = f"vision.stages.{number}.{i}", f"visual.layer{number + 1}.{i}"

@@ -51,6 +51,9 @@ class CoOp(DualEncoder):
     that the embedded data has something to learn prompts for.
     """
 
+    PAPER = "Zhou et al. 2022, arXiv 2109.01134"
+    PUBLISHED_PARAMETERS = 102_007_137 + 8_192  # RN50 and 16 vectors
+
     @dataclass
     class Config(DualEncoderConfig):
         """The defaults are RN50 with 16 vectors: 8,192 trained numbers."""

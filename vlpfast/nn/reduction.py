@@ -9,10 +9,10 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlpfast.nn.transformer import Block, Transformer, TransformerConfig
-from vlpfast.ops.tokens import bipartite_match, importance, merge, select, track
+from vlpfast.ops.tokens import add_merge_norm, bipartite_match, importance, select, track
 from vlpfast.types import UserError
 
 
@@ -49,28 +49,34 @@ class Tokens(NamedTuple):
     place: Tensor | None  # [B, T0] int64, where each of the first tokens is now, -1 if it was dropped; None: not traced
 
 
-class ReducingBlock(Block):
-    """A block with `reduce(tokens, q, k) -> tokens` between its two parts."""
+Reduce = Callable[[Tokens, Tensor, Tensor, Tensor, nn.LayerNorm], tuple[Tokens, Tensor | None]]
 
-    def __init__(self, config: TransformerConfig, reduce: Callable[[Tokens, Tensor, Tensor], Tokens] | None, proportional: bool):
+
+class ReducingBlock(Block):
+    """A block with `reduce(tokens, delta, q, k, norm) -> tokens, norm of their x or None` between its two parts.
+
+    tokens and delta are what stood before the attention, and what it adds.
+    """
+
+    def __init__(self, config: TransformerConfig, reduce: Reduce | None, proportional: bool):
         super().__init__(config)
         self.reduce = reduce
         self.proportional = proportional
 
     def forward(self, tokens: Tokens) -> Tokens:
         key_bias = tokens.size.log() if self.proportional and tokens.size is not None else None  # [B, T]
-        out, q, k = self.attn(self.norm1(tokens.x), key_bias=key_bias, need_qk=True)
-        tokens = tokens._replace(x=tokens.x + out)
-        if self.reduce is not None:
-            tokens = self.reduce(tokens, q, k)
-        return tokens._replace(x=self.feed_forward(tokens.x))
+        delta, q, k = self.attn(self.norm1(tokens.x), key_bias=key_bias, need_qk=True)
+        if self.reduce is None:
+            return tokens._replace(x=self.feed_forward(tokens.x + delta))
+        tokens, normed = self.reduce(tokens, delta, q, k, self.norm2)
+        return tokens._replace(x=self.feed_forward(tokens.x, normed))
 
 
 class ReducingTransformer(Transformer):
     """A Transformer without a mask, of the same parameters. `protect`: so many tokens, the first ones, are left as they are."""
 
     def __init__(self, config: TransformerConfig, merging: MergeConfig, selection: SelectConfig, protect: int) -> None:
-        schedule: list[Callable[[Tokens, Tensor, Tensor], Tokens] | None] = [None] * config.layers
+        schedule: list[Reduce | None] = [None] * config.layers
         for layer, r in enumerate(merging.per_layer or [merging.r] * config.layers):
             if r:
                 schedule[layer] = partial(merge_similar, r=r, mode=merging.mode, protect=protect)
@@ -87,26 +93,33 @@ class ReducingTransformer(Transformer):
         return tokens
 
 
-def merge_similar(tokens: Tokens, q: Tensor, k: Tensor, *, r: int, mode: str, protect: int) -> Tokens:
+def merge_similar(
+    tokens: Tokens, delta: Tensor, q: Tensor, k: Tensor, norm: nn.LayerNorm, *, r: int, mode: str, protect: int
+) -> tuple[Tokens, Tensor]:
     """k [B, H, T, Dh]: the keys of the attention before. The sequence gets r shorter, or by what half of it allows."""
     match = bipartite_match(k.detach().mean(1), r, protect=protect)
-    x, size = merge(tokens.x, match, size=tokens.size, mode=mode)
-    return Tokens(x, size, None if tokens.place is None else track(tokens.place, match))
+    x, size, normed = add_merge_norm(
+        tokens.x, delta, match, tokens.size, weight=norm.weight, bias=norm.bias, eps=norm.eps, mode=mode
+    )
+    return Tokens(x, size, None if tokens.place is None else track(tokens.place, match)), normed
 
 
-def select_attended(tokens: Tokens, q: Tensor, k: Tensor, *, keep: float, rest: str, protect: int) -> Tokens:
+def select_attended(
+    tokens: Tokens, delta: Tensor, q: Tensor, k: Tensor, norm: nn.LayerNorm, *, keep: float, rest: str, protect: int
+) -> tuple[Tokens, None]:
     """q, k [B, H, T, Dh]: of the attention before. Of the T - protect others ceil(keep * (T - protect)) go on, in order."""
+    tokens = tokens._replace(x=tokens.x + delta)
     batch, length = tokens.x.shape[:2]
     count = math.ceil(keep * (length - protect))
     if count == length - protect:
-        return tokens
+        return tokens, None
     score = importance(q, k, 0 if protect else None).mean(1)  # [B, T]
     x, indices = select(tokens.x, score, count, rest=rest, protect=protect)  # indices [B, protect + count]
     if tokens.place is None:
-        return Tokens(x, None, None)
+        return Tokens(x, None, None), None
     place = indices.new_full((batch, length), -1 if rest == "drop" else x.shape[1] - 1)
     place = place.scatter(1, indices, torch.arange(indices.shape[1], device=place.device).expand(batch, -1))
-    return Tokens(x, None, torch.where(tokens.place < 0, -1, place.gather(1, tokens.place.clamp(min=0))))
+    return Tokens(x, None, torch.where(tokens.place < 0, -1, place.gather(1, tokens.place.clamp(min=0)))), None
 
 
 def has_schedule(layers: int, merging: MergeConfig, selection: SelectConfig) -> bool:

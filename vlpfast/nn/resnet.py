@@ -86,11 +86,10 @@ class ResNet(nn.Module):
         self.image_size = image_size
         self.heads = max(1, config.width // 64)
         half, width = config.channels // 2, config.width
-        self.stem_convs = nn.ModuleList(
-            nn.Conv2d(before, after, 3, stride, 1, bias=False)
-            for before, after, stride in ((3, half, 2), (half, half, 1), (half, config.channels, 1))
-        )
-        self.stem_norms = nn.ModuleList(FixedBatchNorm(conv.out_channels) for conv in self.stem_convs)
+        stem = []
+        for before, after, stride in ((3, half, 2), (half, half, 1), (half, config.channels, 1)):
+            stem += [nn.Conv2d(before, after, 3, stride, 1, bias=False), FixedBatchNorm(after), nn.ReLU()]
+        self.stem = nn.Sequential(*stem, nn.AvgPool2d(2))
         self.stages = nn.ModuleList()
         before = config.channels
         for number, depth in enumerate(config.layers):
@@ -112,10 +111,7 @@ class ResNet(nn.Module):
         """image [B, 3, image_size, image_size] -> tokens [B, T, width], row by row; with need_size (tokens, None), as ViT."""
         if image.ndim != 4 or image.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"image: expected [B, 3, {self.image_size}, {self.image_size}], got {tuple(image.shape)}")
-        x = image.contiguous(memory_format=torch.channels_last)
-        for conv, norm in zip(self.stem_convs, self.stem_norms, strict=True):
-            x = F.relu(norm(conv(x)))
-        x = F.avg_pool2d(x, 2)
+        x = self.stem(image.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             x = stage(x)
         tokens = x.flatten(2).transpose(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,37 @@ class TextConfig(TransformerConfig):
     eos_id: int = 49407
 
 
+class TextBlock(Block):
+    """A Block that can also run what many prompts begin with and what they go on with apart. All ways are its forward, so that
+    whatever wraps blocks (FSDP2, compilation, recomputation) sees them."""
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | Literal["causal"] | None = None,
+        part: Literal["all", "prefix", "tails"] = "all",
+        before: KeysValues | None = None,
+        end: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, KeysValues]:
+        """part "all": as Block. "prefix": x [T, P, W] -> the same, and its keys and values. "tails": x [T, C, L, W] behind the
+        prefix of these keys and values -> the same; with end [C] int64 of the tokens at these places alone, [T, C, 1, W]."""
+        if part == "all":
+            return super().forward(x, mask)
+        q, k, v = self.attn.in_proj(self.norm1(x)).unflatten(-1, (3, self.attn.heads, -1)).unbind(-3)  # [..., H, Dh]
+        if part == "prefix":
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [T, H, P, Dh]
+            out = attention(q, k, v, mask="causal", backend=self.attn.backend).transpose(1, 2).flatten(2)
+            return self.feed_forward(x + self.attn.out_proj(out)), (k, v)
+        place = torch.arange(x.shape[2], device=x.device)
+        if end is None:
+            seen = place[:, None] >= place  # [L, L]
+        else:
+            x, q = _take(x, end), _take(q.flatten(-2), end).unflatten(-1, q.shape[-2:])
+            seen = (place <= end[:, None])[:, None, None]  # [C, 1, 1, L]
+        assert before is not None
+        return self.feed_forward(x + self.attn.out_proj(_attend(q, k, v, *before, seen)))
+
+
 class TextTower(nn.Module):
     """A causal transformer. A caption is read out at its end token, so nothing behind that counts, whatever it is padded with."""
 
@@ -30,7 +62,7 @@ class TextTower(nn.Module):
         self.eos_id = config.eos_id
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(0.01 * torch.randn(context_length, config.width))
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, [TextBlock(config) for _ in range(config.layers)])
         self.norm = nn.LayerNorm(config.width)
         nn.init.normal_(self.token_embed.weight, std=0.02)
 
@@ -85,7 +117,11 @@ class TextTower(nn.Module):
             raise ValueError(f"prefix, tails: expected {expected}, got {tuple(prefix.shape)} and {tuple(tails.shape)}")
         if chunk < 1:
             raise ValueError(f"chunk: expected at least 1, got {chunk}")
-        before = self._run_prefix(prefix + self.position[: prefix.shape[1]])
+        before = []
+        x = prefix + self.position[: prefix.shape[1]]
+        for block in self.transformer.blocks:
+            x, keys_values = block(x, part="prefix")
+            before.append(keys_values)
         tails = tails + self.position[prefix.shape[1] : length]
         if tails.ndim == 3:
             tails = tails.expand(prefix.shape[0], -1, -1, -1)
@@ -98,37 +134,17 @@ class TextTower(nn.Module):
         ]
         return self.norm(torch.cat(made, 1))
 
-    def _run_prefix(self, x: Tensor) -> list[KeysValues]:
-        """x [T, P, W] -> the keys and values of every block. Of the last block no more is needed."""
-        made = []
-        for i, block in enumerate(self.transformer.blocks):
-            q, k, v = (part.transpose(1, 2) for part in _qkv(block, x))  # [T, H, P, Dh]
-            made.append((k, v))
-            if i < len(self.transformer.blocks) - 1:
-                out = attention(q, k, v, mask="causal", backend=block.attn.backend)
-                x = block.feed_forward(x + block.attn.out_proj(out.transpose(1, 2).flatten(2)))
-        return made
-
     def _run_tails(self, x: Tensor, end: Tensor, before: list[KeysValues]) -> Tensor:
         """x [T, C, L, W] -> [T, C, W]: the end tokens behind the last block."""
-        place = torch.arange(x.shape[2], device=x.device)
-        seen = place[:, None] >= place  # [L, L]
-        last = len(self.transformer.blocks) - 1
-        for i, (block, (k_before, v_before)) in enumerate(zip(self.transformer.blocks, before, strict=True)):
-            q, k, v = _qkv(block, x)  # [T, C, L, H, Dh]
-            if i == last:
-                here = end[:, None, None].expand(-1, 1, x.shape[-1])  # [C, 1, W]
-                x = x.gather(2, here.expand(x.shape[0], -1, -1, -1))  # [T, C, 1, W]
-                q = q.flatten(-2).gather(2, here.expand(q.shape[0], -1, -1, -1)).unflatten(-1, q.shape[-2:])
-                seen = (place <= end[:, None])[:, None, None]  # [C, 1, 1, L]
-            out = _attend(q, k, v, k_before, v_before, seen)
-            x = block.feed_forward(x + block.attn.out_proj(out))
+        blocks = self.transformer.blocks
+        for block, keys_values in zip(blocks, before, strict=True):
+            x = block(x, part="tails", before=keys_values, end=end if block is blocks[-1] else None)
         return x.squeeze(2)
 
 
-def _qkv(block: Block, x: Tensor) -> tuple[Tensor, ...]:
-    """x [..., W] -> three of [..., H, Dh]."""
-    return block.attn.in_proj(block.norm1(x)).unflatten(-1, (3, block.attn.heads, -1)).unbind(-3)
+def _take(x: Tensor, place: Tensor) -> Tensor:
+    """x [T, C, L, W], place [C] -> [T, C, 1, W]."""
+    return x.gather(2, place[:, None, None].expand(x.shape[0], -1, 1, x.shape[-1]))
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, k_before: Tensor, v_before: Tensor, seen: Tensor) -> Tensor:

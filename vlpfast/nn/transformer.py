@@ -56,9 +56,9 @@ class Block(nn.Module):
         """[B, L, width] -> the same."""
         return self.feed_forward(x + self.attn(self.norm1(x), mask=mask))
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half: x + mlp(norm(x))."""
-        return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
+    def feed_forward(self, x: Tensor, normed: Tensor | None = None) -> Tensor:
+        """The second half: x + mlp(norm(x)). normed: norm2(x), where it has been made already."""
+        return x + self.fc2(self.activation(self.fc1(self.norm2(x) if normed is None else normed)))
 
 
 class Stack(nn.Module):

@@ -29,6 +29,8 @@ KERNELS = {
     "match_fwd_triton": ("tokens.triton_match", "match"),
     "merge_fwd_triton": ("tokens.triton_merge", "forward"),
     "merge_bwd_triton": ("tokens.triton_merge", "backward"),
+    "add_merge_norm_fwd_triton": ("tokens.triton_merge_norm", "forward"),
+    "add_merge_norm_bwd_triton": ("tokens.triton_merge_norm", "backward"),
     "gather_rows_triton": ("tokens.triton_rows", "gather_rows"),
     "filled_rows_sum_triton": ("tokens.triton_rows", "filled_rows_sum"),
     "random_keep_triton": ("tokens.triton_select", "random_keep"),

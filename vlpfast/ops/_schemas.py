@@ -353,10 +353,26 @@ _MERGE_BWD = (
     "(Tensor grad_y, Tensor? grad_total, Tensor index, Tensor? weight, Tensor? total, Tensor? x, "
     "bool mean, bool largest, bool need_x, bool need_weight) -> (Tensor dx, Tensor dweight)"
 )
+# y, the means of x + delta, which is not rounded, under size [B, N] if weighted, else of equal weights; total [B, N - r] the sums
+# of size (None: 1 each); normed [B, N - r, C] y's layer norm under weight and bias [C], in y's dtype or the accumulating one
+# (wide). delta is in x's dtype, or in a half type beside float32. stats [3, B, N - r]: mean and reciprocal deviation of y's rows,
+# then the sums of what tokens weigh. size, weight, bias, total and stats are in the accumulating dtype.
+_ADD_MERGE_NORM_FWD = (
+    "(Tensor x, Tensor delta, Tensor? size, Tensor kept, Tensor source, Tensor target, Tensor weight, Tensor bias, float eps, "
+    "bool weighted, bool wide) -> (Tensor y, Tensor total, Tensor normed, Tensor stats)"
+)
+# size: of a mean under sizes, else None. ddelta: dx in delta's dtype where that is another than x's, else empty, as is what is
+# not needed.
+_ADD_MERGE_NORM_BWD = (
+    "(Tensor grad_y, Tensor grad_normed, Tensor y, Tensor stats, Tensor? size, Tensor index, Tensor kept, Tensor weight, "
+    "ScalarType? delta_dtype, bool need_x, bool need_weight) -> (Tensor dx, Tensor ddelta, Tensor dweight, Tensor dbias)"
+)
 for _suffix in ("", "_triton"):
     torch.library.define(f"vlpfast::match_fwd{_suffix}", _MATCH_FWD, tags=torch.Tag.pt2_compliant_tag)
     torch.library.define(f"vlpfast::merge_fwd{_suffix}", _MERGE_FWD, tags=torch.Tag.pt2_compliant_tag)
     torch.library.define(f"vlpfast::merge_bwd{_suffix}", _MERGE_BWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::add_merge_norm_fwd{_suffix}", _ADD_MERGE_NORM_FWD, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(f"vlpfast::add_merge_norm_bwd{_suffix}", _ADD_MERGE_NORM_BWD, tags=torch.Tag.pt2_compliant_tag)
 
 
 @torch.library.register_fake("vlpfast::match_fwd")
@@ -379,6 +395,28 @@ def _(grad_y: Tensor, grad_total, index: Tensor, weight, total, x, mean, largest
     return (
         grad_y.new_empty((batch if need_x else 0, n, grad_y.shape[2])),
         grad_y.new_empty((batch if need_weight else 0, n), dtype=accumulate_dtype(grad_y.dtype)),
+    )
+
+
+@torch.library.register_fake("vlpfast::add_merge_norm_fwd")
+@torch.library.register_fake("vlpfast::add_merge_norm_fwd_triton")
+def _(x: Tensor, delta, size, kept: Tensor, source, target, weight, bias, eps, weighted, wide):
+    sums = {"dtype": accumulate_dtype(x.dtype)}
+    shape = (*kept.shape, x.shape[2])
+    normed = x.new_empty(shape, **sums) if wide else x.new_empty(shape)
+    return x.new_empty(shape), x.new_empty(kept.shape, **sums), normed, x.new_empty((3, *kept.shape), **sums)
+
+
+@torch.library.register_fake("vlpfast::add_merge_norm_bwd")
+@torch.library.register_fake("vlpfast::add_merge_norm_bwd_triton")
+def _(grad_y, grad_normed, y: Tensor, stats, size, index: Tensor, kept, weight, delta_dtype, need_x, need_weight):
+    (batch, n), c = index.shape, y.shape[2]
+    norm = {"size": (c if need_weight else 0,), "dtype": accumulate_dtype(y.dtype)}
+    return (
+        y.new_empty((batch if need_x else 0, n, c)),
+        y.new_empty((batch if need_x and delta_dtype is not None else 0, n, c), dtype=delta_dtype or y.dtype),
+        y.new_empty(**norm),
+        y.new_empty(**norm),
     )
 
 

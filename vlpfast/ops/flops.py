@@ -147,6 +147,14 @@ def _(metric_shape, a_shape, b_shape, every, *args, out_shape=None, **kwargs) ->
     return 2 * batch * (n - in_b) * in_b * width
 
 
+@register_flop_formula(
+    [getattr(torch.ops.vlpfast, f"add_merge_norm_{way}{suffix}") for way in ("fwd", "bwd") for suffix in ("", "_triton")]
+)
+def _(*args, out_shape=None, **kwargs) -> int:
+    """No product: torch's counter takes nothing for a sum or a layer norm either."""
+    return 0
+
+
 # --- tokens: selection and masking ------------------------------------------------------------------------------------
 
 

@@ -31,7 +31,19 @@ from vlpfast.ops.temporal.attention import KERNELS as ATTENTION_KERNELS
 from vlpfast.ops.temporal.pool import KERNELS as POOL_KERNELS
 from vlpfast.ops.temporal.segments import KERNELS as SEGMENT_KERNELS
 from vlpfast.ops.temporal.shift import KERNELS as SHIFT_KERNELS
-from vlpfast.ops.tokens import bipartite_match, matching, merge, merging, random_mask, restore, select, selection, unmerge
+from vlpfast.ops.tokens import (
+    Match,
+    add_merge_norm,
+    bipartite_match,
+    matching,
+    merge,
+    merging,
+    random_mask,
+    restore,
+    select,
+    selection,
+    unmerge,
+)
 
 # Largest relative error of results and of gradients: some roundings of the dtype that each is returned in.
 TOLERANCES = {
@@ -161,11 +173,23 @@ def _bipartite_match(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple
     return (scale * index.to(scale.dtype),)
 
 
+def _thirds(y: Tensor) -> Match:
+    """The same whatever the backend and its dtype."""
+    with backends.use("reference"):
+        return matching.kth_match(y.detach().double()[None], 3)
+
+
 def _merge(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A mean in the accumulating dtype, in which nothing is rounded; what is largest, and unmerging, in the features' own."""
-    match = matching.kth_match(y.detach().double()[None], 3)
+    match = _thirds(y)
     mean, size = merge(y.to(bias.dtype)[None], match, bias.exp()[None], mode="weighted")
     return mean, size, unmerge(merge(y[None], match, mode="max")[0], match)
+
+
+def _add_merge_norm(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    match = _thirds(y)
+    size, norm = bias.detach().exp()[None], scale / 14 * torch.linspace(0.5, 1.5, y.shape[1], dtype=scale.dtype, device=y.device)
+    return add_merge_norm(y[None], y.flip(0)[None], match, size, weight=norm, bias=norm.flip(0), mode="weighted")
 
 
 def _score_contrastive_loss(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +229,7 @@ _CASES: dict[str, tuple[Callable[..., tuple[Tensor, ...]], Mapping[str, str]]] =
     "maxsim_int8": (_maxsim_int8, {"cpp": "cpu"}),
     "bipartite_match": (_bipartite_match, matching.KERNELS),
     "merge": (_merge, merging.KERNELS),
+    "add_merge_norm": (_add_merge_norm, merging.KERNELS),
     "select": (_select, selection.KERNELS),
     "random_mask": (_random_mask, selection.KERNELS),
     "token_roll": (_token_roll, SHIFT_KERNELS),

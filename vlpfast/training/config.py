@@ -241,26 +241,9 @@ def stage_data(config: RunConfig, name: str, stage: Stage) -> DataConfig:
 
 # What a stage may have of its own: the optimiser, its rates, the clipping of gradients.
 STAGE_TRAIN = (
-    "optimizer",
-    "optimizer_backend",
-    "lr",
-    "warmup_steps",
-    "warmup_lr",
-    "warmup_epochs",
-    "schedule",
-    "min_lr",
-    "power",
-    "cycle_steps",
-    "decay_at",
-    "decay_every",
-    "decay_factor",
-    "layer_decay",
-    "betas",
-    "eps",
-    "momentum",
-    "weight_decay",
-    "clip_grad_norm",
-    "clip_grad_value",
+    *("optimizer", "optimizer_backend", "lr", "layer_decay", "betas", "eps", "momentum", "weight_decay"),
+    *("warmup_steps", "warmup_lr", "warmup_epochs", "schedule", "min_lr", "power", "cycle_steps"),
+    *("decay_at", "decay_every", "decay_factor", "clip_grad_norm", "clip_grad_value"),
 )
 
 

@@ -1,4 +1,5 @@
-"""merge and unmerge: the tokens that a Match brings together, and back; track: where each went."""
+"""merge and unmerge: the tokens that a Match brings together, and back; add_merge_norm: merge with what a block has around it;
+track: where each token went."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vlpfast.ops import backends, debug
-from vlpfast.ops._checks import DTYPES, check_choice
+from vlpfast.ops._checks import DTYPES, check_choice, same_dtype
 from vlpfast.ops._schemas import accumulate_dtype
 from vlpfast.ops.tokens import reference
-from vlpfast.ops.tokens.autograd import Merge, Unmerge
+from vlpfast.ops.tokens.autograd import AddMergeNorm, Merge, Unmerge
 from vlpfast.ops.tokens.matching import Match
 
 KERNELS = {"cpp": "cpu", "triton": "cuda"}  # beside `reference`: backend -> device type
@@ -62,6 +63,71 @@ def merge(
         tokens = x.new_ones(x.shape[:2], dtype=wide) if size is None else size
         total = _merge(tokens[..., None], match, None, False, False)[0].squeeze(-1)
     return y, total
+
+
+def add_merge_norm(
+    x: Tensor,
+    delta: Tensor,
+    match: Match,
+    size: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    mode: Literal["mean", "weighted"] = "mean",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """merge between a residual and a layer norm, in one pass over the tokens.
+
+    y, size = merge(x + delta, match, size, mode=mode); normed = layer_norm(y, C, weight, bias, eps): what a block of ToMe does
+    between its attention, which gives delta, and its feed-forward part.
+
+    Args:
+        x: [B, N, C] float32, float64, bfloat16 or float16, any strides.
+        delta: [B, N, C] likewise. Where the dtypes differ the sum has the wider one, as in torch.
+        match, size, mode: as merge has them, but for size's gradient: there is none, and one that is asked for is an error.
+        weight, bias: [C] of the norm, any of these dtypes; None: ones, zeros. They are read in the accumulating dtype.
+        eps: >= 0, added to the variance.
+
+    Returns:
+        y: [B, N - r, C] in the dtype of x + delta: the means of the sums, which are made in float32 (float64) and rounded once.
+        size: [B, N - r] as merge's.
+        normed: [B, N - r, C] the layer norm of y, computed in float32 (float64). In y's dtype; under autocast as layer_norm: on
+            CUDA in float32, float64 for float64.
+
+    Gradients go to x, delta, weight and bias; the same bits for any number of threads.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, named; on CUDA more than 8192 channels.
+
+    Bolya et al. 2023, "Token merging: your ViT but faster", section 3; Ba et al. 2016, "Layer normalization".
+    """
+    check_choice("mode", mode, ("mean", "weighted"))
+    _check_tokens("x", x)
+    _check_tokens("delta", delta)
+    if delta.shape != x.shape:
+        raise ValueError(f"delta: expected x's shape {tuple(x.shape)}, got {tuple(delta.shape)}")
+    if delta.device != x.device:
+        raise ValueError(f"delta: expected device {x.device} as x has, got {delta.device}")
+    _check_match(match, x, "index")
+    if isinstance(size, Tensor) and size.requires_grad and torch.is_grad_enabled():
+        raise ValueError("size: expected a tensor that wants no gradient (merge has one), got one that requires it")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"eps: expected >= 0, got {eps}")
+    x, wider = same_dtype(x, delta)
+    wide_dtype = accumulate_dtype(x.dtype)
+    if x.dtype != torch.float32:  # beside it a half type is read as it is
+        delta = wider
+    size = _checked_weights("size", size, x)
+    weight, bias = _checked_channels("weight", weight, x, 1), _checked_channels("bias", bias, x, 0)
+    wide = x.is_cuda and torch.is_autocast_enabled("cuda") and wide_dtype != x.dtype
+    weighted = mode == "weighted" and size is not None
+    backend = backends.choose("merge", KERNELS, x.device, x.dtype)
+    if backend == "reference":
+        return reference.add_merge_norm(x, delta, match.index, match.kept.shape[1], size, weight, bias, eps, weighted, wide)
+    y, total, normed, _ = AddMergeNorm.apply(backend, x, delta, size, *match, weight, bias, float(eps), weighted, wide)
+    return y, total, normed
 
 
 def unmerge(y: Tensor, match: Match) -> Tensor:
@@ -151,3 +217,19 @@ def _checked_weights(name: str, weights: Any, x: Tensor) -> Tensor | None:
         raise ValueError(f"{name}: expected device {x.device} as x has, got {weights.device}")
     debug.check_within(name, weights, 0, torch.inf)
     return weights.reshape(x.shape[:2]).to(accumulate_dtype(x.dtype))
+
+
+def _checked_channels(name: str, numbers: Any, x: Tensor, fill: float) -> Tensor:
+    """[C] in the accumulating dtype; None: all `fill`."""
+    dtype, channels = accumulate_dtype(x.dtype), x.shape[2]
+    if numbers is None:
+        return x.new_full((channels,), fill, dtype=dtype)
+    if not isinstance(numbers, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(numbers).__name__}")
+    if numbers.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {numbers.dtype}")
+    if numbers.shape != (channels,):
+        raise ValueError(f"{name}: expected shape {(channels,)}, got {tuple(numbers.shape)}")
+    if numbers.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} as x has, got {numbers.device}")
+    return numbers.to(dtype)

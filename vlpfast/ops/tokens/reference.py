@@ -98,6 +98,28 @@ def merge(
     return wide.new_zeros(batch, count, width).scatter_add(1, to, wide).to(x.dtype), total
 
 
+def add_merge_norm(
+    x: Tensor,  # [B, N, C]
+    delta: Tensor,
+    index: Tensor,  # [B, N]
+    count: int,
+    size: Tensor | None,  # [B, N]
+    weight: Tensor,  # [C]
+    bias: Tensor,
+    eps: float,
+    weighted: bool,
+    wide: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B, count, C], the means of x + delta, rounded once; the sums of sizes [B, count]; the layer norm of y [B, count, C]."""
+    dtype = accumulate_dtype(x.dtype)
+    y, total = merge(x.to(dtype) + delta.to(dtype), index, count, size if weighted else None, mean=True)
+    if size is not None and not weighted:
+        total = size.new_zeros(total.shape).scatter_add(1, index, size)
+    y = y.to(x.dtype)
+    normed = torch.nn.functional.layer_norm(y.to(dtype), y.shape[-1:], weight, bias, eps)
+    return y, total, normed if wide else normed.to(x.dtype)
+
+
 def unmerge(y: Tensor, index: Tensor) -> Tensor:
     """[B, N, C]: each token gets what is at its place of y [B, N - r, C]."""
     return y.gather(1, index[..., None].expand(*index.shape, y.shape[2]))

@@ -45,23 +45,28 @@ def _weight(weight, token, there, step):
 
 
 @triton.jit
-def _share(weight, total):
+def share_of(weight, total):
     """Of a mean, where weights add up to total; exactly 1 for one alone."""
     return tl.where(total == 0, 0.0, tl.div_rn(weight, tl.where(total == 0, 1.0, total)))
 
 
 @triton.jit
-def _merge(
-    y, totals, x, weight, kept, source, target, N, PLACES, R, C, x_image, x_token, x_channel, weight_image, weight_token,
-    kept_image, kept_step, source_image, source_step, target_image, target_step,
+def mixed(
+    totals, writes, x, delta, weight, kept, source, target, image, m, c, N, PLACES, R, C, x_image, x_token, x_channel,
+    delta_image, delta_token, delta_channel, weight_image, weight_token, kept_image, kept_step, source_image, source_step,
+    target_image, target_step,
     MEAN: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N channels of BLOCK_M places, and the sums of their weights."""
-    image, m, c = rows_and_columns(PLACES, C, BLOCK_M, BLOCK_N)
+    """Channels c of places m: what the tokens of each become [M, N], the sum of their weights [M].
+
+    delta: added to x. writes: whether the program stores the sums in `totals`.
+    """
     inside = m < PLACES
     x += image * x_image
     source += image * source_image
     target += image * target_image
+    if delta is not None:
+        delta += image * delta_image
     if weight is not None:
         weight += image * weight_image
     own = tl.load(kept + image * kept_image + m.to(tl.int64) * kept_step, mask=inside, other=0)
@@ -74,24 +79,28 @@ def _merge(
     while tl.min(other, 0) < NOWHERE:
         total += _weight(weight, other, other < N, weight_token)
         other = _next(other, m, source, target, target_step, source_step, R, BLOCK_R)
-    at = image * PLACES + m
-    if tl.program_id(0) % tl.maximum(tl.cdiv(C, BLOCK_N), 1) == 0:
-        tl.store(totals + at, tl.where(right, total, float("nan")), mask=inside)
-    result = tl.full((BLOCK_M, BLOCK_N), -0.0, tl.float32)  # a token alone keeps the sign of its zeros
+    if writes:
+        tl.store(totals + image * PLACES + m, tl.where(right, total, float("nan")), mask=inside)
+    # a token alone keeps the sign of its zeros; a place out of range stays NaN, whatever comes to it
+    result = tl.where(right[:, None], -0.0, tl.full((BLOCK_M, BLOCK_N), float("nan"), tl.float32))
     other = first_other
     token = tl.minimum(own, other)
-    begun = tl.zeros((BLOCK_M,), tl.int1)
+    begun = ~right
     while tl.min(token, 0) < NOWHERE:
         there = token < N
-        at_x = x + token.to(tl.int64)[:, None] * x_token + c.to(tl.int64)[None, :] * x_channel
-        value = tl.load(at_x, mask=there[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+        mask = there[:, None] & (c < C)[None, :]
+        at = x + token.to(tl.int64)[:, None] * x_token + c.to(tl.int64)[None, :] * x_channel
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        if delta is not None:
+            at = delta + token.to(tl.int64)[:, None] * delta_token + c.to(tl.int64)[None, :] * delta_channel
+            value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if LARGEST:
             larger = (value > result) | ((value != value) & (result == result)) | ~begun[:, None]
             result = tl.where(there[:, None] & larger, value, result)
             begun = begun | there
         else:
             if MEAN:
-                share = _share(_weight(weight, token, there, weight_token), total)
+                share = share_of(_weight(weight, token, there, weight_token), total)
                 there = there & (share != 0)  # what weighs nothing may hold anything
                 value = value * share[:, None]
             result = tl.where(there[:, None], result + value, result)
@@ -100,8 +109,25 @@ def _merge(
         if tl.max((other == token).to(tl.int32), 0) > 0:
             other = tl.where(other == token, _next(token, m, source, target, target_step, source_step, R, BLOCK_R), other)
         token = tl.minimum(own, other)
-    result = tl.where(begun[:, None], result, 0.0)
-    result = tl.where(right[:, None], result, float("nan"))
+    return tl.where(begun[:, None], result, 0.0), total
+
+
+@triton.jit
+def _merge(
+    y, totals, x, weight, kept, source, target, N, PLACES, R, C, x_image, x_token, x_channel, weight_image, weight_token,
+    kept_image, kept_step, source_image, source_step, target_image, target_step,
+    MEAN: tl.constexpr, LARGEST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N channels of BLOCK_M places, and the sums of their weights."""
+    image, m, c = rows_and_columns(PLACES, C, BLOCK_M, BLOCK_N)
+    writes = tl.program_id(0) % tl.maximum(tl.cdiv(C, BLOCK_N), 1) == 0
+    result, _ = mixed(
+        totals, writes, x, None, weight, kept, source, target, image, m, c, N, PLACES, R, C, x_image, x_token, x_channel, 0, 0, 0,
+        weight_image, weight_token, kept_image, kept_step, source_image, source_step, target_image, target_step,
+        MEAN, LARGEST, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    inside = m < PLACES
+    at = image * PLACES + m
     tl.store(y + at[:, None] * C + c[None, :], narrow(result, y.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])
 
 
@@ -122,7 +148,7 @@ def _spread(
         own = inside.to(tl.float32)
         if weight is not None:
             own = tl.load(weight + image * weight_image + n.to(tl.int64) * weight_token, mask=inside, other=0.0)
-        share = _share(own, total)[:, None]
+        share = share_of(own, total)[:, None]
         value = narrow(tl.where(share == 0, 0.0, value.to(tl.float32) * share), dx.dtype.element_ty)
     at = dx + (image * N + n)[:, None] * C + c[None, :]
     tl.store(at, value, mask=inside[:, None] & (c < C)[None, :])
@@ -219,7 +245,7 @@ def _weight_gradient(
         while tl.min(token, 0) < NOWHERE:
             there = token < NOWHERE
             own = _weight(weight, token, there, weight_token)
-            share = _share(own, total)
+            share = share_of(own, total)
             rise = _rise(x, grad, token, first, there, own == 0, guard, C, x_token, x_channel, grad_channel, BLOCK_M, BLOCK_N)
             mean += tl.where(there & (share != 0), share * rise, 0.0)
             token = tl.where(there, _next(token, m, None, index, index_token, 0, N, BLOCK_R), token)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlpfast.ops._triton import cdiv, launch, narrow
+from vlpfast.ops._triton import Tile, cdiv, launch, narrow
 from vlpfast.ops.tokens.triton_tiles import row_tile, rows_and_columns, strides
 
 PARTS = 256  # programs that add up rows, of each block of channels
@@ -78,19 +78,29 @@ def _add_rows(
     tl.store(out + part * C + c, tl.sum(total, 0), mask=c < C)
 
 
+def add_rows(out: Tensor, x: Tensor, indices: Tensor | None, chosen: Tile) -> None:
+    """out [parts, C] float32: the sums of x's rows [B, K, C], which the parts have in equal numbers, with indices [B, K] of those
+    whose index is -1."""
+    rows, c = x.shape[0] * x.shape[1], x.shape[2]
+    launch(
+        _add_rows, (out.shape[0] * cdiv(c, chosen["BLOCK_N"]),), out=out, x=x, indices=indices,
+        ROWS=rows, K=x.shape[1], C=c, PER_PART=cdiv(rows, out.shape[0]),
+        **strides("x_image x_token x_channel", x), **strides("indices_image indices_row", indices), **chosen,
+    )  # fmt: skip
+
+
 def filled_rows_sum(x: Tensor, indices: Tensor) -> Tensor:
     batch, k, c = x.shape
     if batch * k == 0:
         return x.new_zeros(c, dtype=torch.float32)
     chosen = row_tile("sum_rows", x, c)
-    parts = min(PARTS, cdiv(batch * k, chosen["BLOCK_M"]))
-    sums = x.new_empty(parts, c, dtype=torch.float32)
-    total = x.new_empty(c, dtype=torch.float32)
-    narrow_tile = row_tile("sum_rows", x, 32)  # few rows: many programs, each of few channels
-    for out, rows, index, count, blocks in ((sums, x, indices, parts, chosen), (total, sums[None], None, 1, narrow_tile)):
-        launch(
-            _add_rows, (count * cdiv(c, blocks["BLOCK_N"]),), out=out, x=rows, indices=index,
-            ROWS=rows.shape[0] * rows.shape[1], K=rows.shape[1], C=c, PER_PART=cdiv(rows.shape[0] * rows.shape[1], count),
-            **strides("x_image x_token x_channel", rows), **strides("indices_image indices_row", index), **blocks,
-        )  # fmt: skip
+    parts = x.new_empty(min(PARTS, cdiv(batch * k, chosen["BLOCK_M"])), c, dtype=torch.float32)
+    add_rows(parts, x, indices, chosen)
+    return sum_parts(parts)
+
+
+def sum_parts(parts: Tensor) -> Tensor:
+    """[C]: the sum of parts [P, C] float32. Few rows: many programs, each of few channels."""
+    total = torch.empty_like(parts[0])
+    add_rows(total[None], parts[None], None, row_tile("sum_rows", parts, 32))
     return total
