@@ -103,7 +103,8 @@ def table() -> str:
         "",
         "Written by `benchmarks/systems.py --table` from the registry and the files in `benchmarks/results/`; not by hand.",
         "Parameters are of the Config's defaults, counted on meta tensors, without momentum copies. The held-out figure is of the",
-        "small preset on the made pictures, trained by `vlpfast-train configs/NAME.yaml`: it shows that the system learns, not what the paper reached.",
+        "small preset on the made pictures, trained by `vlpfast-train configs/NAME.yaml`: it shows that the system learns, not",
+        "what the paper reached.",
         "",
         "| name | what, and by whom | parameters (published) | held-out figure (chance; before training) | training | claims |",
         "|---|---|---|---|---|---|",
@@ -116,7 +117,7 @@ def table() -> str:
             count = sum(parameter.numel() for key, parameter in named if not key.startswith("momentum."))
         published = f"{cls.PUBLISHED_PARAMETERS / 1e6:,.1f} M" if cls.PUBLISHED_PARAMETERS else "not published"
         published = f"{count / 1e6:,.1f} M ({published})"
-        first = cls.__doc__.strip().splitlines()[0]
+        first = " ".join(cls.__doc__.strip().split("\n\n")[0].split())
         cells = (f"`{name}`", f"{first} {cls.PAPER}", published, figure(rows.get(name)), speed(rows.get(name)), claims(name))
         lines.append(f"| {' | '.join(cells)} |")
     if machines:
