@@ -89,13 +89,29 @@ def main() -> None:
         spread = {key: statistics.stdev(value) if len(value) > 1 else 0.0 for key, value in values.items()}
         summary.append({"variant": name, "mean": mean, "standard_deviation": spread})
         print(f"{name:16} " + "  ".join(f"{key} {100 * mean[key]:5.1f} +- {100 * spread[key]:.1f} %" for key in FIGURES))
+    base, *others = summary
+    claims = {}
+    for one in others:
+        # Twice the standard error of a difference of two means over seeds.
+        margin = {
+            key: 2 * ((base["standard_deviation"][key] ** 2 + one["standard_deviation"][key] ** 2) / args.seeds) ** 0.5
+            for key in FIGURES
+        }
+        gain = {key: one["mean"][key] - base["mean"][key] for key in FIGURES}
+        claims[f"{one['variant']} is better than cma within pictures"] = gain["image_1nn"] > margin["image_1nn"]
+        across = ("text_to_image_R@1", "image_to_text_R@1")
+        claims[f"{one['variant']} is not worse across modalities"] = all(gain[key] > -margin[key] for key in across)
+    for claim, held in claims.items():
+        print(f"{'held' if held else 'DID NOT HOLD':15}{claim}")
     chosen = args.seeds != 3 or args.steps != 300 or args.batch_size != 48 or args.noise != 0.3
     about = machine("cpu", torch.get_num_threads())
     path = args.json or (None if chosen else ROOT / "benchmarks/results" / about["machine"] / "claims-tcl.json")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         settings = {"steps": args.steps, "batch_size": args.batch_size, "noise": args.noise}
-        path.write_text(json.dumps(about | settings | {"summary": summary, "rows": rows}, indent=1) + "\n")
+        listed = [{"claim": claim, "held": held} for claim, held in claims.items()]
+        found = about | settings | {"summary": summary, "claims": listed, "rows": rows}
+        path.write_text(json.dumps(found, indent=1) + "\n")
         print(f"written: {path}")
 
 

@@ -103,10 +103,14 @@ class PrefixLM(nn.Module):
         """The language model's loss without anything visual: a causal one is asked for every token but bos, a decoder for the
         answers."""
         if self.lm.is_encoder_decoder:
-            return self(text.new_zeros((len(text), 0, self._visual_width()), dtype=torch.float32), text, text_mask, labels)
+            return self.answer_loss(text, text_mask, labels)
         asked = F.pad(text.masked_fill(~text_mask, -100)[:, 1:], (0, 1), value=-100)
         rows = asked.numel() if torch.compiler.is_compiling() or text.device.type == "cuda" else None
         return self.lm.answer_loss(self.lm(self.lm.embed(text)), asked, max_rows=rows)
+
+    def answer_loss(self, text: Tensor, text_mask: Tensor, labels: Tensor) -> Tensor:
+        """forward without anything visual: asked for the answers alone."""
+        return self(text.new_zeros((len(text), 0, self._visual_width()), dtype=torch.float32), text, text_mask, labels)
 
     def read(
         self,

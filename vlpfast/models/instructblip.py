@@ -38,7 +38,8 @@ class InstructBLIP(nn.Module):
     Modes: "instruct" is that. "pretrain" is BLIP-2's first stage (Li et al. 2023, arXiv 2301.12597, section 3.1), where the
     Q-Former comes from: "contrast", "matching" and "caption" on picture and caption; needs stage1 and data.texts.caption. Label
     smoothing is of these alone. "language" is ours, where no pre-trained language model is at hand: it learns the texts without
-    the pictures; after it, it stays as it is.
+    the pictures, or, if data.texts.reading says something before the prompt, to answer by what it has read: what a prefix is to
+    make use of. After that it stays as it is.
 
     A language model of either kind: FlanT5, whose encoder reads what is before the answer, or a causal one such as Vicuna (see
     PrefixLM). Vicuna for released weights: language.architecture=vicuna-7b, language.settings={vocab_size: 32001, pad_token_id:
@@ -111,7 +112,8 @@ class InstructBLIP(nn.Module):
                 context_width=128,
                 queries=2,
             )
-            about = {"templates": [PROMPT], "answer": [ANSWER], "tokenizer": "lm"}
+            about = {"answer": [ANSWER], "tokenizer": "lm"}
+            told = [f"{{caption}}. {PROMPT}", f"{ANSWER}. {PROMPT}"]  # what a picture shows; what it is to be asked for
             return cls(
                 vision=ViTConfig.deit(patch_size=8, width=128, layers=3, heads=4, stem=[32, 64], patch_bias=False),
                 qformer=qformer,
@@ -124,8 +126,9 @@ class InstructBLIP(nn.Module):
                 train_vision=True,
                 data=DataSpec(
                     image=ImageSpec(size=48),
-                    text=TextSpec(context_length=48, **about),
+                    text=TextSpec(context_length=48, templates=[PROMPT], **about),
                     texts={
+                        "reading": TextSpec(context_length=72, templates=told, **about),
                         "instruction": TextSpec(context_length=32, templates=[PROMPT], tokenizer="qformer", drop="start"),
                         "caption": TextSpec(context_length=32, tokenizer="qformer"),
                     },
@@ -206,13 +209,16 @@ class InstructBLIP(nn.Module):
 
     def forward(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """Mode "instruct": image [B, 3, S, S] or video [B, T, 3, S, S], instruction, text and its labels -> {"answer"};
-        "pretrain": image, caption -> {"contrast", "matching", "caption"}; "language": text and its labels -> {"language"};
-        0-d float32."""
+        "pretrain": image, caption -> {"contrast", "matching", "caption"}; "language": text, or reading, and its labels ->
+        {"language"}; 0-d float32."""
         if self.mode == "pretrain":
             return self._pretrain(batch)
         text, mask, labels = batch["text"], batch["text_mask"], batch["text_labels"]
         if self.mode == "language":
-            return {"language": self.language.text_loss(text, mask, labels)}
+            if "reading" not in batch:
+                return {"language": self.language.text_loss(text, mask, labels)}
+            parts = (batch[f"reading{part}"] for part in ("", "_mask", "_labels"))
+            return {"language": self.language.answer_loss(*parts)}
         visual = self.visual_tokens(batch)
         return {"answer": self.language(visual, text, mask, labels, before=self._examples(visual, text, mask))}
 
