@@ -148,6 +148,7 @@ def test_objects_of_a_made_batch_fit_each_other() -> None:
 
 def test_every_modality_of_a_data_spec_is_compared() -> None:
     everything = SPECS["everything"]
-    assert all(getattr(everything, name) is not None for name in DataSpec.__dataclass_fields__)
+    others = {"texts", "targets", "documents"}  # test_texts_of_batches.py; packed rows are no model's yet
+    assert all(getattr(everything, name) for name in DataSpec.__dataclass_fields__.keys() - others)
     for values in ("volume_slices", "volume_labels", "volume_local", "short_video", "warp", "image_local", "masks"):
         assert any(values in make_batch(spec, 1) for spec in SPECS.values())

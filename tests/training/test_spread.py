@@ -22,7 +22,7 @@ from vlpfast.training.config import TrainConfig
 from vlpfast.training.optim import gradient_norm
 from vlpfast.training.parallel import Spread, World
 from vlpfast.training.rng import seed_everything
-from vlpfast.types import UserError
+from vlpfast.types import Progress, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:train.precision", "ignore:`torch.jit.script_method`")
 
@@ -45,8 +45,8 @@ class Partly(Pair):
         self.audio = nn.ModuleList(Block(8, 0.0) for _ in range(2))
         self.step = 0
 
-    def before_step(self, step: int) -> None:
-        self.step = step
+    def before_step(self, progress: Progress) -> None:
+        self.step = progress.step
 
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         features = super().encode(batch)
