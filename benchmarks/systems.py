@@ -36,7 +36,7 @@ FIGURES = (
     ("written_accuracy", "written_chance_accuracy", "written_samples"),
     ("answers_accuracy", "answers_chance_accuracy", "answers_samples"),
     ("classification_top1", "classification_chance_top1", "classification_samples"),
-    ("text_to_image_R@1", "text_to_image_chance_R@1", "retrieval_samples"),
+    ("text_to_image_R@10", "text_to_image_chance_R@10", "retrieval_samples"),
 )
 
 
