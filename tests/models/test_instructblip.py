@@ -239,11 +239,24 @@ def test_modes_that_the_data_do_not_serve_are_refused() -> None:
             make(wrong)
 
 
+def test_language_model_is_asked_for_what_it_has_read() -> None:
+    """Mode "language": the answers of `reading` alone, as if it were the text of a model that sees no picture."""
+    model, batch = make(SMALL, "language").eval(), batch_of()
+    found = losses_of(model, batch)["language"]
+    read = {part: batch[f"reading{part}"] for part in ("", "_mask", "_labels")}
+    lm = model.language.lm
+    labels = torch.nn.functional.pad(read["_labels"][:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(found, lm.answer_loss(lm(lm.embed(read[""])), labels))
+    without = {key: value for key, value in batch.items() if not key.startswith("reading")}
+    assert losses_of(model, without)["language"] != found
+
+
 def test_learns_one_batch_by_heart_once_its_language_model_speaks() -> None:
     """All are asked the same. The language model learns that one of four answers follows, is frozen, and is told by two visual
     tokens which one."""
     torch.manual_seed(0)
     model, batch = InstructBLIP(SMALL).train(), batch_of()
+    batch = {key: value for key, value in batch.items() if not key.startswith("reading")}
     batch["text"] = torch.tensor([[1, 5, 6, 7, answer, 2] for answer in (20, 21, 22, 23)])
     batch["text_mask"] = torch.ones(4, 6, dtype=torch.bool)
     batch["text_labels"] = batch["text"].masked_fill(torch.arange(6) < 4, -100)
