@@ -104,7 +104,7 @@ class Trainer:
         self._average: WeightAverage | None = None
         self._saved_step = 0
         self._received: list[signal.Signals] = []  # by this rank
-        if self.device.type == "cpu" and not config.train.micro_batch:  # who divides batches is short of memory, not of time
+        if self.device.type == "cpu" and not config.train.micro_batch:  # divided batches are for want of memory
             keep_freed_memory()
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
