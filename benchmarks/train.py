@@ -7,7 +7,8 @@
 
 A step: forward, loss, backward, optimiser, on random pictures and words that are on the device. Both formulations train the same
 network from the same weights under the same autocast, in turns in each of --repeats rounds; the smallest time counts. On a CPU
-each has a process of its own, because the trainer's tells the C library to keep freed memory (training/memory.py) where batches are not divided.
+each has a process of its own, because the trainer's tells the C library to keep freed memory (training/memory.py) where batches
+are not divided.
     open_clip   its ClipLoss (logits, two cross entropies) in eager, torch's AdamW as its script makes it; accumulation as there:
                 features of all parts without gradients first, then for every part the forward again and the loss of the whole
                 batch with that part's features in place
